@@ -30,12 +30,13 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_zipvl import compat
+from vllm_zipvl.backend.planner import num_computed_tokens
 from vllm_zipvl.cache.heap import PageCursor
 from vllm_zipvl.cache.manager import HeapState, ZipVLManager
 from vllm_zipvl.cache.messages import (
+    ChunkPlan,
     CompressionPlan,
     CompressionReport,
-    RowPlan,
     StepPlan,
     StepReport,
 )
@@ -202,6 +203,16 @@ class Sequence:
         return token
 
 
+class Row(NamedTuple):
+    """A scheduled request as the worker finds it; `chunk` if it computes prompt tokens."""
+
+    request_id: str
+    slot: int
+    start: int
+    end: int
+    chunk: ChunkPlan | None
+
+
 class Page(NamedTuple):
     page_id: int
     identities: list[int]
@@ -228,6 +239,7 @@ class PretendWorker:
         self.requests: dict[str, Sequence] = {}
         self.slots: dict[int, Slot] = {}
         self.seen: Counter[str] = Counter()
+        self._slot_of_block: dict[int, int] = {}
         self._num_slots = case.max_num_seqs
         self._stop_every = case.stop_every
         self._random = random.Random(seed)
@@ -245,7 +257,7 @@ class PretendWorker:
         for row in rows:
             sequence = self.requests[row.request_id]
             is_last = row.end == len(sequence.tokens)
-            assert row.ends_prompt == (row.is_prompt and is_last)
+            assert row.chunk is None or row.chunk.ends_prompt == is_last
             sampled.append([sequence.sample(self._stop_every)] if is_last else [])
         reports = {c.plan_id: self._compress(c) for c in plan.compressions}
         req_ids = [row.request_id for row in rows]
@@ -271,28 +283,34 @@ class PretendWorker:
             else:
                 self.requests[request_id].block_ids += new_ids
 
-    def _begin_step(self, plan: StepPlan, scheduler_output: SchedulerOutput) -> list[RowPlan]:
-        """Reset the new slots; the plan's rows must be the scheduler's."""
+    def _begin_step(self, plan: StepPlan, scheduler_output: SchedulerOutput) -> list[Row]:
+        """Reset the new slots; a row's last block must lead to its slot and to its chunk."""
         for slot in plan.new_slots:
             assert 0 <= slot < self._num_slots
             self.seen["slot reused"] += slot in self.slots
             self.slots.pop(slot, None)
-        rows = {row.request_id: row for row in plan.rows}
-        num_tokens = scheduler_output.num_scheduled_tokens
-        assert {r: row.end - row.start for r, row in rows.items()} == num_tokens
-        assert len(rows) == len(plan.rows)
-        last_block_ids = {row.last_block_id for row in plan.rows}
-        assert len(last_block_ids) == len(rows), "a last block must identify its row"
-        for row in plan.rows:
-            # A row is computed in place: its predecessor must have been computed.
-            self.slots.setdefault(row.slot, Slot(row.request_id))
-            assert self.slots[row.slot].owner == row.request_id, "two owners of a slot"
+        self._slot_of_block.update(plan.slot_of_block)
+        chunk_of_block = {chunk.last_block_id: chunk for chunk in plan.chunks}
+        rows = []
+        for request_id, start in num_computed_tokens(scheduler_output):
+            end = start + scheduler_output.num_scheduled_tokens[request_id]
+            last_block_id = self.requests[request_id].block_ids[(end - 1) // self.block_size]
+            slot = self._slot_of_block[last_block_id]
+            chunk = chunk_of_block.pop(last_block_id, None)
+            if chunk is not None:
+                assert (chunk.request_id, chunk.slot) == (request_id, slot)
+                assert (chunk.start, chunk.end) == (start, end)
+            self.slots.setdefault(slot, Slot(request_id))
+            assert self.slots[slot].owner == request_id, "two owners of a slot"
+            rows.append(Row(request_id, slot, start, end, chunk))
+        assert not chunk_of_block, "a chunk of no scheduled request"
+        assert len({row.slot for row in rows}) == len(rows), "a last block must identify its row"
         # The KV writes of earlier rows are seen by later ones that share them.
-        return [rows[request_id] for request_id in num_tokens]
+        order = list(scheduler_output.num_scheduled_tokens)
+        return sorted(rows, key=lambda row: order.index(row.request_id))
 
-    def _write_row(self, row: RowPlan) -> None:
+    def _write_row(self, row: Row) -> None:
         sequence, block_size = self.requests[row.request_id], self.memory.block_size
-        assert row.last_block_id == sequence.block_ids[(row.end - 1) // block_size]
         is_inexact = self._is_inexact(row)
         for position in range(row.start, row.end):
             block_id = sequence.block_ids[position // block_size]
@@ -303,14 +321,15 @@ class PretendWorker:
             if is_inexact:
                 self.memory.inexact.add(block_id)
 
-    def _is_inexact(self, row: RowPlan) -> bool:
+    def _is_inexact(self, row: Row) -> bool:
         """Whether what the row computes owes anything to sparse prefill or to compression."""
         config = self.rules.config
-        is_sparse = row.is_prompt and config.sparse_prefill and row.end >= config.min_tokens
+        chunk = row.chunk
+        is_sparse = chunk and config.sparse_prefill and row.end >= config.min_tokens
         first = self.slots[row.slot].compressed_len // self.memory.block_size
         context = self.requests[row.request_id].block_ids[first : _cdiv(row.start, self.block_size)]
         return (
-            (is_sparse and not row.attends_densely)
+            (is_sparse and not chunk.attends_densely)
             or first > 0
             or not self.memory.inexact.isdisjoint(context)
         )
@@ -319,7 +338,7 @@ class PretendWorker:
     def block_size(self) -> int:
         return self.memory.block_size
 
-    def _read_row(self, row: RowPlan) -> None:
+    def _read_row(self, row: Row) -> None:
         """Attention: pages for what is compressed, dense blocks for the rest."""
         sequence, slot = self.requests[row.request_id], self.slots[row.slot]
         for index in range(slot.compressed_len // self.block_size, _cdiv(row.end, self.block_size)):
@@ -557,12 +576,11 @@ class PretendEngine:
             self._planned[compression.plan_id] = Planned(compression, state)
         running = {r.request_id for r in self.scheduler.running}
         self.seen["ran out of memory"] += len(before - running)
-        for row in plan.rows:
-            is_first = row.is_prompt and row.request_id not in before
-            if not is_first or not row.start:
+        for chunk in plan.chunks:
+            if chunk.request_id in before or not chunk.start:
                 continue
             self.seen["prefix hit"] += 1
-            if row.start > self.scheduler.requests[row.request_id].num_prompt_tokens:
+            if chunk.start > self.scheduler.requests[chunk.request_id].num_prompt_tokens:
                 self.seen["prefix hit beyond the prompt"] += 1
         if scheduler_output.total_num_scheduled_tokens or not self.scheduler.requests:
             self.num_idle_steps = 0

@@ -43,21 +43,21 @@ def test_a_prompt_is_compressed_one_step_after_its_last_chunk(base: Base) -> Non
     request_id = engine.add(prompt(100), max_tokens=20)
 
     first = step(engine, budget=70)
-    (row,) = first.rows
-    assert (row.start, row.end, row.is_prompt, row.ends_prompt) == (0, 70, True, False)
-    assert first.new_slots == [row.slot]
+    (chunk,) = first.chunks
+    assert (chunk.start, chunk.end, chunk.ends_prompt) == (0, 70, False)
+    assert first.new_slots == [chunk.slot]
     finish_step(engine)
 
-    (row,) = (second := step(engine)).rows
-    assert (row.start, row.end, row.is_prompt, row.ends_prompt) == (70, 100, True, True)
+    (chunk,) = (second := step(engine)).chunks
+    assert (chunk.start, chunk.end, chunk.ends_prompt) == (70, 100, True)
     assert not second.compressions, "the first token must not wait"
     finish_step(engine)
     dense_ids = [block.block_id for block in engine.manager.req_to_blocks[request_id]]
     num_free = engine.pool.get_num_free_blocks()
 
     third = step(engine)
-    (row,), (plan,) = third.rows, third.compressions
-    assert (row.start, row.end, row.is_prompt, row.probes_tail) == (100, 101, False, False)
+    (plan,) = third.compressions
+    assert not third.chunks
     assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (0, 64, 100, True)
     assert plan.dense_block_ids == dense_ids[:4]
     assert plan.first_page == 0
@@ -111,12 +111,12 @@ def test_the_tail_is_compressed_when_an_interval_is_full(base: Base) -> None:
     state = None
     plans = []
     while request_id in engine.scheduler.requests:
-        (row,) = (plan := step(engine)).rows
+        plan = step(engine)
+        num_tokens = engine.scheduler.requests[request_id].num_computed_tokens
         tail_plans = [c for c in plan.compressions if not c.is_prompt]
-        if not row.is_prompt and state.prompt_is_compressed:
-            is_due = row.end - state.compressed_len == RESIDUAL + INTERVAL
-            assert row.probes_tail == bool(tail_plans) == is_due
-        plans += [(row.end, c) for c in tail_plans]
+        if not plan.chunks and state.prompt_is_compressed:
+            assert bool(tail_plans) == (num_tokens - state.compressed_len == RESIDUAL + INTERVAL)
+        plans += [(num_tokens, c) for c in tail_plans]
         state = engine.manager.heaps[request_id]
         finish_step(engine)
 
@@ -151,7 +151,7 @@ def test_a_request_for_prompt_logprobs_is_planned_densely(base: Base) -> None:
     engine = make_engine(base)
     with_logprobs = engine.add(prompt(100), max_tokens=2, prompt_logprobs=True)
     engine.add(prompt(90), max_tokens=2)
-    rows = {row.request_id: row.attends_densely for row in step(engine).rows}
+    rows = {chunk.request_id: chunk.attends_densely for chunk in step(engine).chunks}
     assert rows.pop(with_logprobs)
     assert not any(rows.values())
 
@@ -164,9 +164,24 @@ def test_a_resumed_request_takes_all_it_knows_for_its_prompt(base: Base) -> None
         finish_step(engine)
     engine.preempt(request_id, drop_output=False)
 
-    (row,) = step(engine).rows
+    (chunk,) = step(engine).chunks
     # 60 tokens of the prompt and 41 outputs, whose whole blocks were still cached.
-    assert (row.start, row.end, row.is_prompt, row.ends_prompt) == (96, 101, True, True)
+    assert (chunk.start, chunk.end, chunk.ends_prompt) == (96, 101, True)
     finish_step(engine)
     (plan,) = step(engine).compressions
     assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (0, 64, 101, True)
+
+
+def test_a_decode_step_is_planned_only_where_something_changes(base: Base) -> None:
+    engine = make_engine(base)
+    request_id = engine.add(prompt(97), max_tokens=60)
+    plans = [step(engine)]
+    finish_step(engine)
+    while request_id in engine.scheduler.requests:
+        plans.append(step(engine))
+        finish_step(engine)
+
+    # Step i computes token 96 + i; the prompt is reported after step 1, an interval after 47.
+    named = [i for i, plan in enumerate(plans) if plan.slot_of_block]
+    assert named == [0, 1, 2, 16, 32, 47, 48]
+    assert [i for i, plan in enumerate(plans) if plan.compressions] == [1, 47]

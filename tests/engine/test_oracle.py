@@ -123,20 +123,21 @@ class Recorder:
     """Notes, per request, the chunks and the kept sets that pass through the worker."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm_zipvl.backend.prompts import PromptSelector
         from vllm_zipvl.backend.worker import ZipVLWorker
 
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self.kept: dict[str, dict[Event, torch.Tensor]] = {}
-        select_for = ZipVLWorker.select_for
+        select = PromptSelector.select
         kept_of_prompt = ZipVLWorker._kept_of_prompt
         kept_of_tail_layer = ZipVLWorker._kept_of_tail_layer
 
-        def noting_select_for(worker, layer, row, *args):
+        def noting_select(selector, layer, chunk, *args):
             if layer == 0:
-                self.chunks.setdefault(row.request_id, []).append((row.start, row.end))
-            selection = select_for(worker, layer, row, *args)
+                self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
+            selection = select(selector, layer, chunk, *args)
             if selection is not None:
-                self._note(row.request_id, Event("chunk", row.end, layer), selection.kept)
+                self._note(chunk.request_id, Event("chunk", chunk.end, layer), selection.kept)
             return selection
 
         def noting_kept_of_prompt(worker, plan):
@@ -150,7 +151,7 @@ class Recorder:
             self._note(plan.request_id, Event("tail", plan.end, layer), mask)
             return mask
 
-        monkeypatch.setattr(ZipVLWorker, "select_for", noting_select_for)
+        monkeypatch.setattr(PromptSelector, "select", noting_select)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_prompt", noting_kept_of_prompt)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_tail_layer", noting_kept_of_tail_layer)
 

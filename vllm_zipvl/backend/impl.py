@@ -126,19 +126,20 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         kv_cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        plan = row.plan
-        chunk = slice(row.first_token, row.first_token + plan.end - plan.start)
-        q, k, v = query[chunk], key[chunk], value[chunk]
-        if plan.start:
-            earlier_k, earlier_v = gather_kv(kv_cache, row.block_ids, 0, plan.start).chunk(2, -1)
+        chunk = row.chunk
+        tokens = slice(row.first_token, row.first_token + chunk.end - chunk.start)
+        q, k, v = query[tokens], key[tokens], value[tokens]
+        if chunk.start:
+            earlier_k, earlier_v = gather_kv(kv_cache, row.block_ids, 0, chunk.start).chunk(2, -1)
             k, v = torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
-        selection = worker.select_for(layer_index, plan, q, k, self.scale)
-        if selection is None or not worker.attends_sparsely(plan) or bool(selection.kept.all()):
-            out[chunk] = prefill_attention(q, k, v, self.scale)
+        selection = worker.prompts.select(layer_index, chunk, q, k, self.scale)
+        is_sparse = selection is not None and worker.prompts.attends_sparsely(chunk)
+        if selection is None or not is_sparse or bool(selection.kept.all()):
+            out[tokens] = prefill_attention(q, k, v, self.scale)
             return
         kept = selection.kept.nonzero().flatten()
-        queries = selection.kept[plan.start :].nonzero().flatten()
-        out[chunk] = 0
+        queries = selection.kept[chunk.start :].nonzero().flatten()
+        out[tokens] = 0
         out[row.first_token + queries] = prefill_attention(q[queries], k[kept], v[kept], self.scale)
 
     def _attend_decodes(
@@ -166,6 +167,5 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         result = torch.empty_like(q)
         lse = decode_attention(q, context, decodes.rows, self.scale, result)
         out[decodes.tokens] = result
-        for i, plan in enumerate(decodes.plans):
-            if plan.probes_tail:
-                worker.note_tail_probe(layer_index, plan.slot, q[i], lse[i], self.scale)
+        for i, slot in decodes.tails_due:
+            worker.note_tail_probe(layer_index, slot, q[i], lse[i], self.scale)

@@ -14,14 +14,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_zipvl.backend.worker import ZipVLWorker
-from vllm_zipvl.cache.messages import RowPlan
+from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.ops.decode_attention import DecodeRows
 
 
 class PromptRow(NamedTuple):
     """A row that computes prompt tokens: its plan, its place in the batch and its blocks."""
 
-    plan: RowPlan
+    chunk: ChunkPlan
     first_token: int
     block_ids: torch.Tensor
 
@@ -32,12 +32,12 @@ class DecodeBatch(NamedTuple):
     Attributes:
         tokens: Their places in the batch, int64 [num_queries].
         rows: Where their contexts lie.
-        plans: The plan of each.
+        tails_due: Index and slot of those whose tail is compressed after this step.
     """
 
     tokens: torch.Tensor
     rows: DecodeRows
-    plans: list[RowPlan]
+    tails_due: list[tuple[int, int]]
 
 
 class Batch(NamedTuple):
@@ -68,46 +68,51 @@ class ZipVLMetadata(AttentionMetadata):
     batch: Batch | None = None
 
     def resolve(self, worker: ZipVLWorker, block_size: int) -> Batch:
-        """The rows by kind. Rows that no plan names (padding, dummy runs) are left out."""
+        """The rows by kind; rows that end in a block that no plan named are left out."""
         if self.batch is None:
             self.batch = _resolve(self, worker, block_size)
         return self.batch
 
 
 def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> Batch:
-    starts = metadata.query_start_loc.tolist()
-    seq_lens = metadata.seq_lens.tolist()
-    table = metadata.block_table
-    prompts: list[PromptRow] = []
-    decodes: list[tuple[int, int, int, int, int]] = []
-    plans: list[RowPlan] = []
-    for row, seq_len in enumerate(seq_lens):
-        num_queries = starts[row + 1] - starts[row]
-        if num_queries <= 0 or seq_len <= 0:
-            continue
-        plan = worker.row_of_block.get(int(table[row, (seq_len - 1) // block_size]))
-        if plan is None:
-            continue
-        assert plan.end == seq_len and plan.end - plan.start == num_queries, plan
-        if plan.is_prompt:
-            prompts.append(PromptRow(plan, starts[row], table[row]))
-            continue
-        assert worker.heap is not None
-        tail_start = worker.heap.compressed_lens[plan.slot]
-        for i in range(num_queries):
-            context_len = plan.start + i + 1
-            decodes.append((starts[row] + i, plan.slot, row, tail_start, context_len))
-            plans.append(plan)
-    return Batch(prompts, _decode_batch(decodes, plans, table.device))
+    starts, table = metadata.query_start_loc, metadata.block_table
+    num_queries = starts[1:] - starts[:-1]
+    last_blocks = table.gather(1, (metadata.seq_lens - 1).clamp(min=0)[:, None] // block_size)
+    slots = worker.slot_of_block[last_blocks[:, 0]]
+    is_decode = (num_queries > 0) & (metadata.seq_lens > 0) & (slots >= 0)
+    prompts = []
+    for row, block_id in enumerate(last_blocks[:, 0].tolist() if worker.chunk_of_block else ()):
+        chunk = worker.chunk_of_block.get(block_id)
+        if chunk is not None and is_decode[row]:
+            assert chunk.end == metadata.seq_lens[row], chunk
+            assert chunk.end - chunk.start == num_queries[row], chunk
+            prompts.append(PromptRow(chunk, int(starts[row]), table[row]))
+            is_decode[row] = False
+    rows = is_decode.nonzero()[:, 0]
+    return Batch(prompts, _decode_batch(metadata, worker, rows, slots) if len(rows) else None)
 
 
 def _decode_batch(
-    decodes: list[tuple[int, int, int, int, int]], plans: list[RowPlan], device: torch.device
-) -> DecodeBatch | None:
-    if not decodes:
-        return None
-    tokens, *columns = torch.tensor(decodes, device=device).unbind(1)
-    return DecodeBatch(tokens, DecodeRows(*(column.int() for column in columns)), plans)
+    metadata: ZipVLMetadata, worker: ZipVLWorker, rows: torch.Tensor, slots: torch.Tensor
+) -> DecodeBatch:
+    """The queries of `rows`, most of which have one; `slots` are those of the whole batch."""
+    assert worker.heap is not None
+    starts, ends = metadata.query_start_loc[rows], metadata.query_start_loc[rows + 1]
+    num_queries = ends - starts
+    last_token = torch.repeat_interleave(ends, num_queries) - 1
+    ahead = num_queries.cumsum(0).repeat_interleave(num_queries) - 1
+    ahead -= torch.arange(len(ahead), device=ahead.device)
+    rows = torch.repeat_interleave(rows, num_queries)
+    slots = slots[rows]
+    decode_rows = DecodeRows(
+        slots=slots,
+        rows=rows.int(),
+        tail_starts=worker.heap.compressed_lens[slots],
+        context_lens=metadata.seq_lens[rows] - ahead,
+    )
+    due = worker.slots_with_tail_due
+    tails_due = [(i, slot) for i, slot in enumerate(slots.tolist()) if slot in due] if due else []
+    return DecodeBatch(last_token - ahead, decode_rows, tails_due)
 
 
 class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):

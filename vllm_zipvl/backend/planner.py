@@ -7,7 +7,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_zipvl.backend.metrics import ZipVLStats
 from vllm_zipvl.cache.manager import ZipVLManager
-from vllm_zipvl.cache.messages import RowPlan, StepPlan, StepReport
+from vllm_zipvl.cache.messages import ChunkPlan, StepPlan, StepReport
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -39,32 +39,37 @@ class StepPlanner:
         # Prompts completed in an earlier step, so that their first token did not wait.
         for request_id in list(manager.awaiting):
             plan.compressions.append(manager.plan_prompt(request_id))
-        for request_id, num_computed in _num_computed_tokens(scheduler_output):
+        for request_id, num_computed in num_computed_tokens(scheduler_output):
             end = num_computed + scheduler_output.num_scheduled_tokens[request_id]
-            row = self._plan_row(request_id, num_computed, end)
-            plan.rows.append(row)
-            if not row.is_prompt:
-                compression = manager.plan_interval(request_id, end)
-                if compression is not None:
-                    row.probes_tail = True
-                    plan.compressions.append(compression)
+            state = manager.heaps[request_id]
+            if end < state.quiet_until:
+                continue
+            assert state.slot is not None
+            last_block_id = manager.last_block_id(request_id, end)
+            plan.slot_of_block[last_block_id] = state.slot
+            if state.prompt_end is None:
+                chunk = self._plan_chunk(request_id, num_computed, end, last_block_id)
+                plan.chunks.append(chunk)
+                continue
+            compression = manager.plan_interval(request_id, end)
+            if compression is not None:
+                plan.compressions.append(compression)
+            manager.note_planned(state, end)
         return plan
 
-    def _plan_row(self, request_id: str, start: int, end: int) -> RowPlan:
+    def _plan_chunk(self, request_id: str, start: int, end: int, last_block_id: int) -> ChunkPlan:
         manager = self.manager
         state = manager.heaps[request_id]
         assert state.slot is not None and state.prompt_len is not None
-        is_prompt = state.prompt_end is None
-        ends_prompt = is_prompt and end >= state.prompt_len
+        ends_prompt = end >= state.prompt_len
         if ends_prompt:
             manager.complete_prompt(request_id, end)
-        return RowPlan(
+        return ChunkPlan(
             request_id=request_id,
             slot=state.slot,
-            last_block_id=manager.last_block_id(request_id, end),
+            last_block_id=last_block_id,
             start=start,
             end=end,
-            is_prompt=is_prompt,
             ends_prompt=ends_prompt,
             attends_densely=request_id in self._dense_requests,
         )
@@ -93,7 +98,7 @@ class StepPlanner:
         return stats
 
 
-def _num_computed_tokens(scheduler_output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+def num_computed_tokens(scheduler_output: SchedulerOutput) -> Iterator[tuple[str, int]]:
     """Scheduled requests with the tokens computed before the step."""
     for request in scheduler_output.scheduled_new_reqs:
         yield request.req_id, request.num_computed_tokens

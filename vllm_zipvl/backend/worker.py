@@ -1,36 +1,17 @@
 """The worker's side of a step: whose rows they are, what was selected, what to compress."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from vllm_zipvl.backend.prompts import PromptSelector
 from vllm_zipvl.cache.compression import compress
 from vllm_zipvl.cache.heap import PageHeap
-from vllm_zipvl.cache.messages import CompressionPlan, RowPlan, StepPlan, StepReport
+from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan, StepReport
 from vllm_zipvl.cache.spec import CacheRules
-from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import Selection, cap_selections, num_to_keep, select, top_mask
+from vllm_zipvl.core.selection import num_to_keep, top_mask
 from vllm_zipvl.ops.dense_blocks import gather_kv
-from vllm_zipvl.ops.probe_scores import probe_scores
-
-
-@dataclass
-class PromptState:
-    """What a prompt's chunks leave behind, per slot.
-
-    Attributes:
-        random_positions: Random probes of the earlier chunks.
-        random_mass: Per layer, their attention mass, float32 [tokens so far].
-        selections: Per layer, the selection of the last chunk.
-        num_recent: Recent probes of the last chunk.
-    """
-
-    random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
-    selections: dict[int, Selection] = field(default_factory=dict)
-    num_recent: int = 0
 
 
 @dataclass
@@ -62,13 +43,15 @@ class ZipVLWorker:
         self.geometry = rules.geometry
         self.heap: PageHeap | None = None
         self.plan: StepPlan | None = None
-        self.row_of_block: dict[int, RowPlan] = {}
+        self.chunk_of_block: dict[int, ChunkPlan] = {}
+        self.slots_with_tail_due: set[int] = set()
+        self.slot_of_block = torch.empty(0, dtype=torch.int32)
         self._num_slots = num_slots
         self._max_model_len = max_model_len
         self._sum_over_ranks = sum_over_ranks
+        self.prompts = PromptSelector(rules.config, sum_over_ranks)
         self._layer_index: dict[str, int] = {}
         self._kv_caches: list[torch.Tensor] = []
-        self._prompts: dict[int, PromptState] = {}
         self._tail_probes: dict[int, dict[int, TailProbe]] = {}
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -92,6 +75,10 @@ class ZipVLWorker:
         num_bytes = first.shape[0] * block_stride
         memory = raw[base : base + num_bytes].view(-1, self.geometry.page_bytes)
         self.heap = PageHeap(memory, self.geometry, self._num_slots, self._max_model_len)
+        # No request ends in a block that no plan named: the null block, and those of dummy runs.
+        self.slot_of_block = torch.full(
+            (first.shape[0],), -1, dtype=torch.int32, device=first.device
+        )
 
     def layer_index(self, layer_name: str) -> int:
         return self._layer_index[layer_name]
@@ -102,102 +89,20 @@ class ZipVLWorker:
         self.plan = plan
         for slot in plan.new_slots:
             self.heap.reset(slot)
-            self._prompts.pop(slot, None)
+            self.prompts.forget(slot)
             self._tail_probes.pop(slot, None)
-        self.row_of_block = {row.last_block_id: row for row in plan.rows}
+        self.chunk_of_block = {chunk.last_block_id: chunk for chunk in plan.chunks}
+        self.slots_with_tail_due = {c.slot for c in plan.compressions if not c.is_prompt}
+        if plan.slot_of_block:
+            named = torch.tensor(list(plan.slot_of_block.items()), device=self.heap.memory.device)
+            self.slot_of_block[named[:, 0]] = named[:, 1].int()
 
     def end_step(self) -> None:
         self.plan = None
-        self.row_of_block = {}
+        self.chunk_of_block = {}
+        self.slots_with_tail_due = set()
 
     # During the forward pass.
-
-    def selects(self, row: RowPlan) -> bool:
-        """Whether the step selects tokens of a prompt row."""
-        config = self.config
-        return self.attends_sparsely(row) or (config.compress and row.ends_prompt)
-
-    def attends_sparsely(self, row: RowPlan) -> bool:
-        """Whether a prompt row's attention runs on its selection."""
-        config = self.config
-        return config.sparse_prefill and not row.attends_densely and row.end >= config.min_tokens
-
-    def select_for(
-        self, layer: int, row: RowPlan, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> Selection | None:
-        """Probe a prompt chunk, and select if this step needs it.
-
-        Args:
-            layer: Index of the layer.
-            row: The chunk.
-            query: The chunk's queries [end - start, num_heads, head_size].
-            key: All keys of the context [end, num_kv_heads, head_size].
-            scale: Softmax scale.
-        """
-        config = self.config
-        if row.ends_prompt and not self.selects(row):
-            return None
-        probes = probe_positions(
-            config.seed, row.start, row.end, config.probe_recent, config.probe_random
-        )
-        prompt = self._prompts.setdefault(row.slot, PromptState())
-        if config.ratio is None and config.tau == 1:
-            selection = self._select_all(row, key.device)
-        else:
-            mass = self._accumulate_mass(prompt, layer, row, probes, query, key, scale)
-            if not self.selects(row):
-                return None
-            positions = np.concatenate([prompt.random_positions, probes.random, probes.recent])
-            visible = torch.from_numpy(num_visible_probes(positions, row.end))
-            selection = select(mass, visible.to(mass.device), len(probes.recent), config)
-        if row.ends_prompt:
-            prompt.selections[layer] = selection
-            prompt.num_recent = len(probes.recent)
-        return selection
-
-    @staticmethod
-    def _select_all(row: RowPlan, device: torch.device) -> Selection:
-        kept = torch.ones(row.end, dtype=torch.bool, device=device)
-        return Selection(kept, kept.float(), row.end)
-
-    def _accumulate_mass(
-        self,
-        prompt: PromptState,
-        layer: int,
-        row: RowPlan,
-        probes: Probes,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Mass of this chunk's probes and of the earlier chunks' random ones, float32 [end]."""
-        positions = torch.from_numpy(np.concatenate([probes.random, probes.recent]))
-        positions = positions.to(query.device)
-        chunk_mass = probe_scores(
-            query[positions - row.start], positions, len(probes.random), key, scale
-        )
-        random, recent = self._sum_over_ranks(torch.stack(chunk_mass))
-        earlier = prompt.random_mass.get(layer)
-        if earlier is not None:
-            random[: earlier.shape[0]] += earlier
-        prompt.random_mass[layer] = random
-        return random + recent
-
-    def _finish_chunk(self, row: RowPlan) -> None:
-        """After the last layer of a chunk: its random probes count in the chunks to come."""
-        config = self.config
-        prompt = self._prompts.get(row.slot)
-        if prompt is None:
-            return
-        if not row.ends_prompt:
-            probes = probe_positions(
-                config.seed, row.start, row.end, config.probe_recent, config.probe_random
-            )
-            prompt.random_positions = np.concatenate([prompt.random_positions, probes.random])
-        elif config.compress:
-            prompt.random_mass.clear()
-        else:
-            del self._prompts[row.slot]
 
     def note_tail_probe(
         self, layer: int, slot: int, query: torch.Tensor, lse: torch.Tensor, scale: float
@@ -210,9 +115,8 @@ class ZipVLWorker:
     def compress_planned(self) -> StepReport:
         """Run the step's compressions."""
         assert self.plan is not None and self.heap is not None
-        for row in self.plan.rows:
-            if row.is_prompt:
-                self._finish_chunk(row)
+        for chunk in self.plan.chunks:
+            self.prompts.finish_chunk(chunk)
         reports = {}
         for plan in self.plan.compressions:
             kept = self._kept_of_prompt(plan) if plan.is_prompt else self._kept_of_tail(plan)
@@ -223,10 +127,7 @@ class ZipVLWorker:
         return range(self.geometry.num_layers)
 
     def _kept_of_prompt(self, plan: CompressionPlan) -> list[torch.Tensor]:
-        prompt = self._prompts.pop(plan.slot)
-        selections = [prompt.selections[layer] for layer in self._layers()]
-        masks = cap_selections(selections, prompt.num_recent, self.config.max_kept)
-        return [mask[plan.start : plan.end] for mask in masks]
+        return [mask[plan.start : plan.end] for mask in self.prompts.take_masks(plan.slot)]
 
     def _kept_of_tail(self, plan: CompressionPlan) -> list[torch.Tensor]:
         probes = self._tail_probes.pop(plan.slot)

@@ -2,8 +2,8 @@
 
 import torch
 
-from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
-from vllm_zipvl.core.quantization import key_norm
+from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.quantization import KeyNorm, key_norm
 from vllm_zipvl.ops.page_codec import write_pages
 
 
@@ -36,7 +36,7 @@ class PageHeap:
             the rest's from the right end.
         page_counts: int32 [num_layers, num_slots, 2], tokens in pages: kept, rest.
         key_norms: float32 [num_layers, num_slots, 2, num_kv_heads, head_size].
-        compressed_lens: Tokens of each slot that are in pages or evicted.
+        compressed_lens: int32 [num_slots], tokens that are in pages or evicted.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class PageHeap:
         heads = (2, geometry.num_kv_heads, geometry.head_size)
         self.key_norms = torch.zeros(*shape, *heads, device=memory.device)
         self.key_norms[:, :, 1] = 1
-        # Host copies: prefill and compression are steered from the host.
-        self.compressed_lens = [0] * num_slots
+        self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=memory.device)
+        # A host copy: compression is steered from the host.
         self._counts = [[[0, 0] for _ in range(num_slots)] for _ in range(geometry.num_layers)]
 
     def reset(self, slot: int) -> None:
@@ -111,14 +111,7 @@ class PageHeap:
             table[width - num_after : width - num_held] = new_ids.flip(0)
         first = before // capacity
         ids = table[first:num_after] if precision == 0 else table.flip(0)[first:num_after]
-        if bits != UNQUANTISED:
-            kv = self._normalise(layer, slot, kv)
-        write_pages(kv, self.memory, ids, before - first * capacity, bits, self.geometry)
+        norm = KeyNorm(*self.key_norms[layer, slot])
+        write_pages(kv, self.memory, ids, before - first * capacity, bits, self.geometry, norm)
         counts[precision] = before + num_new
         self.page_counts[layer, slot, precision] = before + num_new
-
-    def _normalise(self, layer: int, slot: int, kv: torch.Tensor) -> torch.Tensor:
-        """Keys beside values in float32, keys as they are stored."""
-        mean, scale = self.key_norms[layer, slot]
-        keys, values = kv.float().chunk(2, dim=-1)
-        return torch.cat([(keys - mean) / scale, values], dim=-1)

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 
 from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
 from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec
-from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.geometry import PageGeometry, cdiv
 
 
 @dataclass
@@ -34,6 +34,8 @@ class HeapState:
         prompt_is_compressed: Whether the prompt's compression is confirmed or not needed.
         num_pages: Pages in use, by the last report.
         pending: The compression whose report is awaited.
+        quiet_until: A step that leaves fewer tokens computed than this stays in the block of
+            the last one and makes no compression due.
     """
 
     slot: int | None = None
@@ -44,6 +46,7 @@ class HeapState:
     prompt_is_compressed: bool = False
     num_pages: int = 0
     pending: CompressionPlan | None = None
+    quiet_until: int = 0
 
 
 class ZipVLManager(FullAttentionManager):
@@ -78,7 +81,11 @@ class ZipVLManager(FullAttentionManager):
     # Blocks in and out, as `KVCacheManager` asks for them.
 
     def _num_missing_heap_blocks(self, request_id: str, num_tokens: int) -> int:
-        state = self.heaps.get(request_id) or HeapState()
+        state = self.heaps.get(request_id)
+        if state is None:
+            state = HeapState()
+        elif num_tokens < state.quiet_until:
+            return 0
         num_new = self._max_new_pages(state, num_tokens)
         if num_new == 0:
             return 0
@@ -109,17 +116,6 @@ class ZipVLManager(FullAttentionManager):
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         state.blocks.extend(self.block_pool.get_new_blocks(num_heap))
         return new_blocks
-
-    def remove_skipped_blocks(
-        self,
-        request_id: str,
-        processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
-    ) -> None:
-        """Give back reserve of a step that was not scheduled after all."""
-        state = self.heaps.get(request_id)
-        if state is not None and state.prompt_is_compressed and state.pending is None:
-            self._free_unused_reserve(state)
 
     def _free_unused_reserve(self, state: HeapState) -> None:
         num_used = self.geometry.num_blocks(state.num_pages)
@@ -197,6 +193,11 @@ class ZipVLManager(FullAttentionManager):
             return None
         return self._plan(request_id, state, end, num_tokens, is_prompt=False)
 
+    def note_planned(self, state: HeapState, num_tokens: int) -> None:
+        """A decode step up to `num_tokens` is planned: when must the next one be looked at?"""
+        next_block = cdiv(num_tokens, self.block_size) * self.block_size + 1
+        state.quiet_until = min(next_block, self.rules.interval_due(state.compressed_len))
+
     def _plan(
         self,
         request_id: str,
@@ -235,6 +236,7 @@ class ZipVLManager(FullAttentionManager):
         state.num_pages = report.num_pages
         state.prompt_is_compressed = True
         state.pending = None
+        state.quiet_until = 0
         # No step reads these dense blocks any more: the workers read pages since the report.
         self._remove_blocks_in_range(plan.request_id, 0, plan.end // self.block_size)
         self._free_unused_reserve(state)

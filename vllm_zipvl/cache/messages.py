@@ -9,21 +9,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 
 @dataclass(slots=True)
-class RowPlan:
-    """One scheduled request.
+class ChunkPlan:
+    """A scheduled request that computes tokens of its prompt.
+
+    After a preemption all tokens known at resumption are the prompt.
 
     Attributes:
         request_id: The request, for messages.
         slot: Its row in the workers' tables.
-        last_block_id: The dense block that holds its last token of this step. It belongs to
-            this request alone, so it identifies the request's row in the batch.
+        last_block_id: The dense block that holds its last token of this step.
         start: Tokens computed before this step.
         end: Tokens computed after it.
-        is_prompt: Whether the step computes prompt tokens (after a preemption: tokens known
-            at resumption).
         ends_prompt: Whether the prompt is complete after this step.
         attends_densely: Whether sparse prefill is off for this request.
-        probes_tail: Whether this step's query decides what of the tail is kept.
     """
 
     request_id: str
@@ -31,10 +29,8 @@ class RowPlan:
     last_block_id: int
     start: int
     end: int
-    is_prompt: bool
     ends_prompt: bool
     attends_densely: bool
-    probes_tail: bool = False
 
 
 @dataclass(slots=True)
@@ -70,14 +66,19 @@ class CompressionPlan:
 class StepPlan(KVConnectorMetadata):
     """Everything a worker needs to know about a step.
 
+    The block that holds a request's last token belongs to that request alone, so it names the
+    request's row in the batch. Scheduled requests that appear nowhere here go on decoding.
+
     Attributes:
         new_slots: Slots that got a new owner since the last step.
-        rows: The scheduled requests.
+        slot_of_block: Slots of the blocks that may have become a request's last one.
+        chunks: The scheduled requests that compute prompt tokens.
         compressions: What to compress after the forward pass.
     """
 
     new_slots: list[int] = field(default_factory=list)
-    rows: list[RowPlan] = field(default_factory=list)
+    slot_of_block: dict[int, int] = field(default_factory=dict)
+    chunks: list[ChunkPlan] = field(default_factory=list)
     compressions: list[CompressionPlan] = field(default_factory=list)
 
 

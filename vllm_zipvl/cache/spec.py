@@ -55,9 +55,13 @@ class CacheRules:
             return 0
         return num_compressible(num_tokens, self.config.residual, self.geometry.block_size)
 
+    def interval_due(self, compressed_len: int) -> int:
+        """Tokens from which on a compression of the tail is due."""
+        return compressed_len + self.config.residual + self.config.interval
+
     def interval_end(self, compressed_len: int, num_tokens: int) -> int | None:
         """Where the next compression of the tail ends, or None if none is due."""
-        if num_tokens - compressed_len < self.config.residual + self.config.interval:
+        if num_tokens < self.interval_due(compressed_len):
             return None
         end = self.prompt_end(num_tokens)
         return end if end > compressed_len else None

@@ -76,7 +76,9 @@ def clip(x: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if bits not in NORMAL_HALF_RANGE:
         return x
-    std, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
+    # In float64, so that implementations agree whatever the order of their sums.
+    std, mean = torch.std_mean(x.double(), dim=-1, correction=0, keepdim=True)
+    std, mean = std.float(), mean.float()
     half_range = NORMAL_HALF_RANGE[bits] * std
     return x.clamp(mean - half_range, mean + half_range)
 
@@ -98,10 +100,18 @@ class KeyNorm(NamedTuple):
 
 def key_norm(keys: torch.Tensor) -> KeyNorm:
     """Statistics of keys [num_tokens, num_kv_heads, head_size], float32 rounded to float16."""
-    std, mean = torch.std_mean(keys.float(), dim=0, correction=0)
-    mean = mean.half().float()
+    keys = keys.to(torch.float32, copy=True)
+    mean = keys.mean(0)
+    std = keys.sub_(mean).square_().mean(0).sqrt()
     # A channel that hardly varies keeps a scale that float16 can hold.
-    return KeyNorm(mean, std.clamp(min=1e-4).half().float())
+    return KeyNorm(mean.half().float(), std.clamp(min=1e-4).half().float())
+
+
+def normalise_keys(kv: torch.Tensor, norm: KeyNorm) -> torch.Tensor:
+    """Normalise the keys of [num_tokens, num_kv_heads, 2 * head_size]; returns float32."""
+    kv = kv.to(torch.float32, copy=True)
+    kv.chunk(2, dim=-1)[0].sub_(norm.mean).div_(norm.scale)
+    return kv
 
 
 def fold_key_norm(queries: torch.Tensor, norm: KeyNorm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,5 @@
 """Decode attention over what a request holds: pages at two precisions and a dense tail."""
 
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -10,6 +7,7 @@ import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.ops.decode_attention import reference
+from vllm_zipvl.ops.lazy import numba_module
 
 
 class CachedContext(NamedTuple):
@@ -54,15 +52,9 @@ class DecodeRows(NamedTuple):
     context_lens: torch.Tensor
 
 
-@cache
-def _cpu_kernel() -> ModuleType:
-    """The numba kernel where numba is installed; imported on first use, as that takes time."""
-    found = find_spec("numba") is not None
-    return import_module("vllm_zipvl.ops.decode_attention.cpu") if found else reference
-
-
 def _implementation(query: torch.Tensor) -> ModuleType:
-    return _cpu_kernel() if query.device.type == "cpu" else reference
+    on_cpu = query.device.type == "cpu"
+    return on_cpu and numba_module("vllm_zipvl.ops.decode_attention.cpu") or reference
 
 
 def decode_attention(

@@ -21,11 +21,11 @@ from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     accumulate_tokens,
     affine_max,
     float_from_bits,
-    half_to_float,
     prefetch,
     score_tokens,
     weigh,
 )
+from vllm_zipvl.ops.halves import half_to_float
 
 KEPT, REST, DENSE = range(3)
 STEP_TOKENS = 64

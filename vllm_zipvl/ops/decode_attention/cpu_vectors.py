@@ -253,16 +253,6 @@ Arrays: weights float32, stored bytes, sums (float32). `head_size` is a multiple
 """
 
 
-@intrinsic
-def half_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
-    """The float32 value of a float16 given as uint16."""
-
-    def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
-
-    return types.float32(types.uint16), generate
-
-
 def _constant(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [value] * LANES)
 

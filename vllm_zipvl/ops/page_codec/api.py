@@ -3,13 +3,15 @@
 A page belongs to one layer at one precision. It is cut into one part per KV head, and a part
 holds keys [capacity, code_bytes], values [capacity, code_bytes] and, if quantised, float16
 parameters [capacity, 4] (scale and zero of the key, scale and zero of the value). Quantised
-keys and values are stored rotated and clipped (`core.quantization`), unquantised ones as they
-are.
+keys are stored normalised, quantised keys and values rotated and clipped (`core.quantization`),
+unquantised ones as they are.
 """
 
 import torch
 
-from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
+from vllm_zipvl.core.quantization import KeyNorm
+from vllm_zipvl.ops.lazy import numba_module
 from vllm_zipvl.ops.page_codec import reference
 
 
@@ -20,6 +22,7 @@ def write_pages(
     first_slot: int,
     bits: int,
     geometry: PageGeometry,
+    norm: KeyNorm | None = None,
 ) -> None:
     """Encode tokens and append them to pages.
 
@@ -30,8 +33,11 @@ def write_pages(
         first_slot: Tokens that the first page holds already.
         bits: Precision, not 0.
         geometry: Page shapes.
+        norm: What quantised keys are normalised by, if at all.
     """
-    reference.write_pages(kv, heap, page_ids, first_slot, bits, geometry)
+    numba_codec = numba_module("vllm_zipvl.ops.page_codec.cpu") if kv.device.type == "cpu" else None
+    codec = numba_codec if numba_codec and bits != UNQUANTISED else reference
+    codec.write_pages(kv, heap, page_ids, first_slot, bits, geometry, norm)
 
 
 def read_pages(
@@ -45,6 +51,6 @@ def read_pages(
     """Decode the first `num_tokens` tokens of `page_ids`.
 
     Returns:
-        float32 [num_tokens, num_kv_heads, 2 * head_size]; rotated if quantised.
+        float32 [num_tokens, num_kv_heads, 2 * head_size]; as stored, so rotated if quantised.
     """
     return reference.read_pages(heap, page_ids, num_tokens, bits, dtype, geometry)

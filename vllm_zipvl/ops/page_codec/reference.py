@@ -6,9 +6,11 @@ import torch
 
 from vllm_zipvl.core.geometry import NUM_PARAMS, UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import (
+    KeyNorm,
     Quantised,
     clip,
     dequantise,
+    normalise_keys,
     pack,
     quantise,
     rotate,
@@ -53,6 +55,7 @@ def write_pages(
     first_slot: int,
     bits: int,
     geometry: PageGeometry,
+    norm: KeyNorm | None,
 ) -> None:
     """See `api.write_pages`."""
     capacity = geometry.layout(bits).capacity
@@ -62,6 +65,8 @@ def write_pages(
     parts = _split(pages, bits, geometry)
     slots = torch.arange(first_slot, first_slot + num_tokens, device=kv.device)
     page, slot = slots // capacity, slots % capacity
+    if bits != UNQUANTISED and norm is not None:
+        kv = normalise_keys(kv, norm)
     key, value = kv.chunk(2, dim=-1)
     key_bytes, key_params = _encode(key, bits)
     value_bytes, value_params = _encode(value, bits)
