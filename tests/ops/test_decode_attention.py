@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
-from vllm_zipvl.core.quantization import hadamard, rotate
+from vllm_zipvl.core.quantization import KeyNorm, hadamard, rotate
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention, reference
 from vllm_zipvl.ops.dense_blocks import store_kv
 from vllm_zipvl.ops.page_codec import read_pages, write_pages
@@ -61,10 +61,7 @@ class Memory:
         ids = self.take_pages(self.geometry.num_pages(len(kv), bits))
         if bits == 0 or len(kv) == 0:
             return ids, kv[:0].double()
-        key, value = kv.chunk(2, dim=-1)
-        if bits != 16:
-            kv = torch.cat([(key - norm[0]) / norm[1], value.float()], dim=-1)
-        write_pages(kv, self.heap, ids, 0, bits, self.geometry)
+        write_pages(kv, self.heap, ids, 0, bits, self.geometry, KeyNorm(*norm))
         held = read_pages(self.heap, ids, len(kv), bits, self.dtype, self.geometry).double()
         if bits != 16:
             turn = hadamard(self.geometry.head_size).double()
@@ -110,9 +107,8 @@ def make_case(
         rest = counts.rest if geometry.low_bits else 0
         page_counts[slots[row]] = torch.tensor([counts.kept, rest]).int()
     context = CachedContext(
-        memory.kv_cache, memory.heap, page_table, page_counts, block_table, geometry,
-        norms if normalised else None,
-    )  # fmt: skip
+        memory.kv_cache, memory.heap, page_table, page_counts, block_table, geometry, norms
+    )
     lengths = torch.tensor(starts) + torch.tensor([counts.tail for counts in shape])
     rows = (slots, torch.arange(num_rows), torch.tensor(starts), lengths)
     return Case(context, DecodeRows(*(column.int() for column in rows)), truth)

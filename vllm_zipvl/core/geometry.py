@@ -28,7 +28,7 @@ class PageLayout(NamedTuple):
         capacity: Tokens that a page holds.
         code_bytes: Bytes of one token's key (or value) of one head.
         value_offset: Where the values [capacity, code_bytes] start; keys start at 0.
-        param_offset: Where the float16 parameters [capacity, 4] start (quantised only).
+        param_offset: Where the float16 parameters [4, capacity] start (quantised only).
     """
 
     capacity: int

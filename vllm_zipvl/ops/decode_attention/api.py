@@ -23,7 +23,7 @@ class CachedContext(NamedTuple):
         block_table: int32 [num_rows, max_blocks]: dense blocks of each row.
         geometry: Page shapes.
         key_norms: What quantised keys of each slot were normalised by, mean and scale,
-            float32 [num_slots, 2, num_kv_heads, head_size]; None if they were not.
+            float32 [num_slots, 2, num_kv_heads, head_size].
     """
 
     kv_cache: torch.Tensor
@@ -32,7 +32,7 @@ class CachedContext(NamedTuple):
     page_counts: torch.Tensor
     block_table: torch.Tensor
     geometry: PageGeometry
-    key_norms: torch.Tensor | None = None
+    key_norms: torch.Tensor
 
 
 class DecodeRows(NamedTuple):

@@ -6,22 +6,23 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numba
+import numpy as np
 import torch
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
-from vllm_zipvl.core.quantization import KeyNorm, fold_key_norm, rotate
 from vllm_zipvl.ops.decode_attention.cpu_kernels import (
     DENSE,
     KEPT,
     REST,
     STEP_TOKENS,
+    Inputs,
     Record,
     Shape,
     Stores,
     Tables,
     TokenClass,
     attend_rows,
-    join_splits,
+    finish_rows,
 )
 from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     BFLOAT16,
@@ -119,54 +120,6 @@ def _record(shape: Shape) -> Record:
     return Record(*starts)
 
 
-def _fill(
-    records: torch.Tensor,
-    query: torch.Tensor,
-    norms: torch.Tensor | None,
-    shape: Shape,
-    record: Record,
-    scale: float,
-) -> torch.Tensor:
-    """Write queries, plain and for pages, into the records.
-
-    The scores of quantised tokens lack an offset per query; the others get its negative, so
-    that all are off by the same.
-
-    Returns:
-        What log2 of the denominators lacks for it, [num_rows, num_kv_heads, queries per head].
-    """
-    plain = query.float() * (scale / math.log(2))
-    plain = plain.unflatten(1, (shape.num_kv_heads, -1))
-    if norms is None:
-        for_pages, offsets = rotate(plain), plain.new_zeros(plain.shape[:-1])
-    else:
-        for_pages, offsets = fold_key_norm(plain, KeyNorm(norms[:, 0], norms[:, 1]))
-    used = plain.shape[2]
-    vectors = records[..., : record.offsets]
-    if shape.num_queries * shape.padded_size > used * shape.head_size:
-        vectors.zero_()
-    vectors = vectors.unflatten(-1, (2, shape.num_queries, shape.padded_size))
-    for part, x in enumerate((plain, for_pages)):
-        vectors[..., part, :used, : shape.head_size] = x.transpose(0, 1)[:, None]
-    records[..., record.offsets : record.query_sums] = 0
-    records[..., record.offsets : record.offsets + used] = -offsets.transpose(0, 1)[:, None]
-    return offsets
-
-
-def _result(
-    records: torch.Tensor, shape: Shape, record: Record, rotated: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [num_rows, num_kv_heads, queries, head_size] and log2 of their denominators."""
-    joined = records[:, 0].transpose(0, 1)
-    top, total = joined[..., record.state :][..., : 2 * shape.num_queries].chunk(2, dim=-1)
-    sums = joined[..., record.sums : record.state]
-    sums = sums.unflatten(-1, (2, shape.num_queries, shape.padded_size))[..., : shape.head_size]
-    out = sums[..., 0, :, :]
-    if rotated:
-        out = out + rotate(sums[..., 1, :, :])
-    return out / total.clamp_min(1e-30)[..., None], top + total.log2()
-
-
 @cache
 def _launch_threads() -> None:
     """Start numba's threads, which share OpenMP's settings with torch: put torch's back."""
@@ -195,30 +148,31 @@ def decode_attention(
     classes.append(_dense_class(context.kv_cache))
     shape = _shape(query, context, max(tokens.capacity for tokens in classes))
     record = _record(shape)
-    records = torch.empty(shape.num_kv_heads, shape.num_splits, query.shape[0], record.size)
-    quantised = any(tokens.quantised for tokens in classes)
-    norms = None
-    if quantised and context.key_norms is not None:
-        norms = context.key_norms[rows.slots.long()]
-    offsets = _fill(records, query, norms, shape, record, scale)
+    inputs = Inputs(
+        queries=query.float().numpy(),
+        norms=context.key_norms.numpy(),
+        scale=np.float32(scale / math.log(2)),
+        rotated=any(tokens.quantised for tokens in classes),
+    )
     places = torch.stack(tuple(rows), dim=1).int()
     tables = (context.page_table, context.page_counts, context.block_table, places)
-    heap, work = context.heap.flatten(), records.flatten()
+    heap = context.heap.flatten()
     stores = (_flat_bytes(context.kv_cache), heap, heap.view(torch.uint16))
+    num_records = shape.num_kv_heads * shape.num_splits * query.shape[0]
+    work = torch.empty(num_records * record.size)
+    result = torch.empty(query.shape)
+    lse = torch.empty(query.shape[:2])
     _match_num_threads()
     attend_rows(
+        inputs,
         Stores(*(store.numpy() for store in stores)),
         *classes,
         Tables(*(table.contiguous().numpy() for table in tables)),
         shape,
         record,
-        query.shape[0],
         work.numpy(),
         work.view(torch.uint8).numpy(),
     )
-    if shape.num_splits > 1:
-        join_splits(work.numpy(), record, shape, query.shape[0])
-    result, log_total = _result(records, shape, record, quantised)
-    used = query.shape[1] // shape.num_kv_heads
-    out.copy_(result[:, :, :used].flatten(1, 2))
-    return (log_total[..., :used] + offsets).flatten(1) * math.log(2)
+    finish_rows(inputs, shape, record, work.numpy(), result.numpy(), lse.numpy())
+    out.copy_(result)
+    return lse

@@ -16,7 +16,6 @@ from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     CODES8,
     FLOAT16,
     FLOAT32,
-    LANES,
     LOWEST,
     accumulate_tokens,
     affine_max,
@@ -34,6 +33,22 @@ _Index = np.uintp  # numba wraps signed indices around, and then does not vector
 _SMALLEST = np.float32(-64)
 _LOG2 = np.float32(math.log(2))
 _MATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+class Inputs(NamedTuple):
+    """The queries, and what stands between them and stored keys.
+
+    Attributes:
+        queries: float32 [num_rows, num_heads, head_size].
+        norms: As in `CachedContext`.
+        scale: Softmax scale over log 2.
+        rotated: Whether any tokens are quantised.
+    """
+
+    queries: np.ndarray
+    norms: np.ndarray
+    scale: np.float32
+    rotated: bool
 
 
 class Stores(NamedTuple):
@@ -114,7 +129,7 @@ class TokenClass(NamedTuple):
         quantised: 1 if quantised (hence rotated), else 0.
         table: KEPT, REST or DENSE: where its pages or blocks are listed.
         capacity: Tokens of a tile.
-        unit_tokens: Tokens of a page or block, a multiple of `capacity`.
+        unit_tokens: Tokens of a page, which is one tile, or of a block, a multiple of `capacity`.
         unit_bytes: Bytes from one page, or one block of the layer, to the next.
         head_bytes: Bytes of one KV head in it.
         stride: Bytes from token to token.
@@ -169,11 +184,11 @@ def _widen(kind, stored, start, stride, num_tokens, shape, work, first):
 
 
 @numba.njit(cache=True)
-def _load_params(halves, at, num_tokens, row, work, params):
+def _load_params(halves, at, capacity, num_tokens, row, work, params):
     """Parameters of one page's tokens."""
-    for token in range(num_tokens):
-        for i in range(4):
-            value = half_to_float(halves[_Index(at + 4 * token + i)])
+    for i in range(4):
+        for token in range(num_tokens):
+            value = half_to_float(halves[_Index(at + i * capacity + token)])
             work[_Index(params + i * row + token)] = value
 
 
@@ -194,15 +209,57 @@ def _power(exponent):
 
 
 @numba.njit(cache=True)
-def _start(work, base, record, shape):
-    """Sum the rotated queries; empty the sums, the state and what pads scores and vectors."""
-    for i in range(record.query_sums, record.size):
+def _rotate(work, start, size):
+    """Multiply a vector by the Hadamard matrix of `core.quantization`, in place."""
+    block = size & -size
+    width = 1
+    while width < block:
+        for first in range(start, start + size, 2 * width):
+            for i in range(first, first + width):
+                a, b = work[_Index(i)], work[_Index(i + width)]
+                work[_Index(i)] = a + b
+                work[_Index(i + width)] = a - b
+        width *= 2
+    factor = np.float32(1 / math.sqrt(block))
+    for i in range(start, start + size):
+        work[_Index(i)] *= factor
+
+
+@numba.njit(cache=True)
+def _load_query(query, norm, scale, rotated, work, base, record, shape, index):
+    """Load one query, plain and as it meets stored keys (`core.quantization.fold_key_norm`).
+
+    The scores of quantised tokens lack an offset then; the others get its negative, so that
+    all are off by the same.
+    """
+    plain = base + record.query + index * shape.padded_size
+    for channel in range(shape.head_size):
+        work[_Index(plain + channel)] = query[channel] * scale
+    if not rotated:
+        return
+    turned = plain + shape.num_queries * shape.padded_size
+    offset = np.float32(0)
+    for channel in range(shape.head_size):
+        offset += work[_Index(plain + channel)] * norm[0, channel]
+        work[_Index(turned + channel)] = work[_Index(plain + channel)] * norm[1, channel]
+    _rotate(work, turned, shape.head_size)
+    work[base + record.offsets + index] = -offset
+    for channel in range(shape.head_size):
+        work[base + record.query_sums + index] += work[_Index(turned + channel)]
+
+
+@numba.njit(cache=True)
+def _start(work, base, record, shape, inputs, row, slot, head):
+    """Load the queries of one KV head of a row; everything else is 0."""
+    for i in range(record.size):
         work[_Index(base + i)] = 0
-    for q in range(shape.num_queries):
-        first = base + record.query + (shape.num_queries + q) * shape.padded_size
-        for channel in range(shape.padded_size):
-            work[base + record.query_sums + q] += work[_Index(first + channel)]
-        work[base + record.state + q] = LOWEST
+    per_head = inputs.queries.shape[1] // shape.num_kv_heads
+    for index in range(per_head):
+        query = inputs.queries[row, head * per_head + index]
+        norm = inputs.norms[slot, :, head]
+        _load_query(query, norm, inputs.scale, inputs.rotated, work, base, record, shape, index)
+    for index in range(shape.num_queries):
+        work[base + record.state + index] = LOWEST
 
 
 @numba.njit(cache=True)
@@ -254,11 +311,10 @@ def _score_part(tile, stored, at, num_tokens, shape, record, work, work_bytes, b
         stored, at, kind, stride = work_bytes, 4 * (base + record.widened), FLOAT32, 4 * size
     for q in range(0, shape.num_queries, group):
         query = base + record.query + (region + q) * size
-        for first in range(0, num_tokens, LANES // group):
-            score_tokens(
-                kind, group, work, query, stored, at + first * stride, work,
-                scores + q * shape.row + first, shape.row, stride, num_tokens - first, size,
-            )  # fmt: skip
+        score_tokens(
+            kind, group, work, query, stored, at, work, scores + q * shape.row,
+            shape.row, stride, num_tokens, size,
+        )  # fmt: skip
 
 
 @numba.njit(cache=True)
@@ -288,16 +344,16 @@ def _num_tokens(tables, row, tile):
 def _tile_start(tables, row, tile, head, index):
     """Byte at which a class's tile `index` starts, in its page or block."""
     slot, table_row, tail_start, _ = tables.rows[row]
-    first = index * tile.capacity
-    unit = first // tile.unit_tokens
-    inside = first - unit * tile.unit_tokens
     if tile.table == DENSE:
-        unit_id = tables.block_table[table_row, tail_start // tile.unit_tokens + unit]
-    elif tile.table == REST:
-        unit_id = tables.page_table[slot, tables.page_table.shape[1] - 1 - unit]
+        first = tail_start + index * tile.capacity
+        block = first // tile.unit_tokens
+        start = (first - block * tile.unit_tokens) * tile.stride
+        unit_id = tables.block_table[table_row, block]
     else:
-        unit_id = tables.page_table[slot, unit]
-    return np.int64(unit_id) * tile.unit_bytes + head * tile.head_bytes + inside * tile.stride
+        last = tables.page_table.shape[1] - 1
+        start = 0
+        unit_id = tables.page_table[slot, last - index if tile.table == REST else index]
+    return np.int64(unit_id) * tile.unit_bytes + head * tile.head_bytes + start
 
 
 @numba.njit(cache=True)
@@ -316,9 +372,8 @@ def _attend_tiles(
         at = _tile_start(tables, row, tile, head, i)
         prefetch(stored, at + tile.fetch_bytes, tile.fetch_bytes)
         if tile.quantised:
-            _load_params(
-                halves, (at + tile.param_offset) // 2, count, shape.row, work, params + done
-            )
+            at_params = (at + tile.param_offset) // 2
+            _load_params(halves, at_params, tile.capacity, count, shape.row, work, params + done)
         scores = base + record.scores + done
         _score_part(tile, stored, at, count, shape, record, work, wb, base, scores)
     done = min(last * tile.capacity, num_tokens) - begin
@@ -357,10 +412,11 @@ def _attend_row(tile, stored, halves, tables, row, heads, split, shape, record, 
 
 
 @numba.njit(cache=True, parallel=True)
-def attend_rows(stores, kept, rest, dense, tables, shape, record, num_rows, work, work_bytes):
+def attend_rows(inputs, stores, kept, rest, dense, tables, shape, record, work, work_bytes):
     """Attend for every (group of KV heads, split, row), rows fastest so that lengths mix.
 
     Args:
+        inputs: `Inputs`.
         stores: `Stores`.
         kept: `TokenClass` of the kept tokens' pages.
         rest: `TokenClass` of the other pages.
@@ -368,11 +424,10 @@ def attend_rows(stores, kept, rest, dense, tables, shape, record, num_rows, work
         tables: `Tables`.
         shape: `Shape`.
         record: `Record`.
-        num_rows: Rows of queries.
-        work: Records [num_kv_heads, num_splits, num_rows, record.size], flat float32, of
-            which queries are read and the rest is written.
+        work: Written: records [num_kv_heads, num_splits, num_rows, record.size], flat float32.
         work_bytes: The same memory as uint8.
     """
+    num_rows = inputs.queries.shape[0]
     apart = shape.num_splits * num_rows
     num_items = -(-shape.num_kv_heads // shape.heads_per_item) * apart
     for item in numba.prange(num_items):
@@ -382,7 +437,8 @@ def attend_rows(stores, kept, rest, dense, tables, shape, record, num_rows, work
         heads = first, min(first + shape.heads_per_item, shape.num_kv_heads)
         bases = (first * apart + item % apart) * record.size, apart * record.size
         for i in range(heads[1] - heads[0]):
-            _start(work, bases[0] + i * bases[1], record, shape)
+            slot = tables.rows[row, 0]
+            _start(work, bases[0] + i * bases[1], record, shape, inputs, row, slot, first + i)
         for table in range(3):
             tile = kept if table == KEPT else (rest if table == REST else dense)
             stored = stores.dense if table == DENSE else stores.heap
@@ -409,12 +465,35 @@ def _join_pair(work, base, other, record, shape):
                 work[to] = a * work[to] + b * work[of]
 
 
-@numba.njit(cache=True)
-def join_splits(work, record, shape, num_rows):
-    """Add up the splits of every row and head in the first split's record, see `attend_rows`."""
-    for head in range(shape.num_kv_heads):
+@numba.njit(cache=True, parallel=True)
+def finish_rows(inputs, shape, record, work, out, lse):
+    """Join the splits of every row and head, and take their outputs from the records.
+
+    Args:
+        inputs: `Inputs`.
+        shape: `Shape`.
+        record: `Record`.
+        work: Records, see `attend_rows`.
+        out: Written, float32 [num_rows, num_heads, head_size].
+        lse: Written, log of the softmax denominators, float32 [num_rows, num_heads].
+    """
+    num_rows, nq = out.shape[0], shape.num_queries
+    per_head = out.shape[1] // shape.num_kv_heads
+    for item in numba.prange(num_rows * shape.num_kv_heads):
+        row, head = item % num_rows, item // num_rows
+        base = (head * shape.num_splits * num_rows + row) * record.size
         for split in range(1, shape.num_splits):
-            for row in range(num_rows):
-                base = (head * shape.num_splits * num_rows + row) * record.size
-                other = base + split * num_rows * record.size
-                _join_pair(work, base, other, record, shape)
+            _join_pair(work, base, base + split * num_rows * record.size, record, shape)
+        for index in range(per_head):
+            plain = base + record.sums + index * shape.padded_size
+            turned = plain + nq * shape.padded_size
+            if inputs.rotated:
+                _rotate(work, turned, shape.head_size)
+            top = work[base + record.state + index] - work[base + record.offsets + index]
+            total = work[base + record.state + nq + index]
+            share = np.float32(1) / total if total > 0 else np.float32(0)
+            to = head * per_head + index
+            lse[row, to] = top * _LOG2 + np.float32(math.log(total)) if total > 0 else -np.inf
+            for channel in range(shape.head_size):
+                value = work[_Index(plain + channel)] + work[_Index(turned + channel)]
+                out[row, to, channel] = value * share

@@ -125,19 +125,40 @@ class _Tile:
 
 
 def _emit_scores(builder: Builder, kind: int, group: int, args: dict[str, Value]) -> None:
-    """16 / `group` tokens times `group` queries; see `score_tokens`."""
+    """16 / `group` tokens times `group` queries at a time; see `score_tokens`."""
     tile = _Tile(builder, kind, args["stored"], args["head_size"])
-    num_tokens = LANES // group
-    # Past the end the last token is read again, so that nothing foreign is ever touched.
-    tokens = []
-    for i in range(num_tokens):
-        inside = builder.icmp_signed("<", _LONG(i), args["num_tokens"])
-        last = builder.sub(args["num_tokens"], _LONG(1))
-        index = builder.select(inside, _LONG(i), last)
-        tokens.append(_offset(builder, tile.base, args["stride"], index))
+    num_at_once = LANES // group
     sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(LANES)]
-    for total in sums:
-        builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
+    step = _LONG(num_at_once)
+    last = builder.sub(args["num_tokens"], _LONG(1))
+    with cgutils.for_range_slice(builder, _LONG(0), args["num_tokens"], step, _LONG) as (first, _):
+        # Past the end the last token is read again, so that nothing foreign is ever touched.
+        tokens = []
+        for i in range(num_at_once):
+            index = builder.add(first, _LONG(i))
+            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            tokens.append(_offset(builder, tile.base, args["stride"], index))
+        for total in sums:
+            builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
+        _emit_products(builder, tile, tokens, group, args, sums)
+        scores = _sum_lanes(builder, [builder.load(s) for s in sums])
+        for q in range(group):
+            lanes = [q * num_at_once + i for i in range(num_at_once)]
+            mask = ir.Constant(ir.VectorType(_INT, num_at_once), lanes)
+            row = builder.shuffle_vector(scores, scores, mask)
+            at = builder.gep(_offset(builder, args["scores"], args["row"], q), [first])
+            _store(builder, row, at)
+
+
+def _emit_products(
+    builder: Builder,
+    tile: _Tile,
+    tokens: list[Value],
+    group: int,
+    args: dict[str, Value],
+    sums: list[Value],
+) -> None:
+    """Add to each of the 16 `sums` its query times its token, lane by lane."""
     step = _LONG(LANES)
     with cgutils.for_range_slice(builder, _LONG(0), tile.width, step, _LONG) as (unit, _):
         query = [
@@ -154,16 +175,10 @@ def _emit_scores(builder: Builder, kind: int, group: int, args: dict[str, Value]
         for i, token in enumerate(tokens):
             parts = tile.vectors(token, unit)
             for q in range(group):
-                total = builder.load(sums[q * num_tokens + i])
+                total = builder.load(sums[q * len(tokens) + i])
                 for part, channel in zip(parts, query[q], strict=True):
                     total = _multiply_add(builder, part, channel, total)
-                builder.store(total, sums[q * num_tokens + i])
-    scores = _sum_lanes(builder, [builder.load(s) for s in sums])
-    for q in range(group):
-        lanes = [q * num_tokens + i for i in range(num_tokens)]
-        mask = ir.Constant(ir.VectorType(_INT, num_tokens), lanes)
-        row = builder.shuffle_vector(scores, scores, mask)
-        _store(builder, row, _offset(builder, args["scores"], args["row"], q))
+                builder.store(total, sums[q * len(tokens) + i])
 
 
 def _emit_accumulate(builder: Builder, kind: int, group: int, args: dict[str, Value]) -> None:
@@ -240,10 +255,10 @@ def _micro_kernel(
 
 
 score_tokens = _micro_kernel(_emit_scores, ("query", "stored", "scores"))
-"""Scores [group, 16 / group tokens] = queries times stored keys.
+"""Scores [group, num_tokens] = queries times stored keys.
 
-Arrays: queries float32 [group, head_size], stored bytes, scores (float32). `num_tokens` is at
-least 1, scores past it are meaningless. `head_size` is a multiple of 64.
+Arrays: queries float32 [group, head_size], stored bytes, scores (float32). Up to 16 / `group` - 1
+scores past `num_tokens` are written too and are meaningless. `head_size` is a multiple of 64.
 """
 
 accumulate_tokens = _micro_kernel(_emit_accumulate, ("weights", "stored", "acc"))

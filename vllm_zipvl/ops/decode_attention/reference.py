@@ -43,15 +43,6 @@ def _segments(
     return segments
 
 
-def _queries_for_pages(
-    q: torch.Tensor, key_norms: torch.Tensor | None, slot: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands for `q` before quantised keys, and what adds to its scores."""
-    if key_norms is None:
-        return rotate(q), q.new_zeros(q.shape[:-1])
-    return fold_key_norm(q, KeyNorm(*key_norms[slot]))
-
-
 def decode_attention(
     query: torch.Tensor,
     context: "CachedContext",
@@ -66,7 +57,7 @@ def decode_attention(
     for i, row in enumerate(zip(*(column.tolist() for column in rows), strict=True)):
         segments = _segments(context, row)
         q = query[i].float().view(num_kv_heads, -1, head_size) * scale
-        stored_q, offset = _queries_for_pages(q, context.key_norms, row[0])
+        stored_q, offset = fold_key_norm(q, KeyNorm(*context.key_norms[row[0]]))
         scores = [
             stored_q @ kv[..., :head_size].permute(1, 2, 0) + offset[..., None]
             if quantised

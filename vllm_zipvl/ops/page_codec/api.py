@@ -2,7 +2,7 @@
 
 A page belongs to one layer at one precision. It is cut into one part per KV head, and a part
 holds keys [capacity, code_bytes], values [capacity, code_bytes] and, if quantised, float16
-parameters [capacity, 4] (scale and zero of the key, scale and zero of the value). Quantised
+parameters [4, capacity] (scale and zero of the keys, scale and zero of the values). Quantised
 keys are stored normalised, quantised keys and values rotated and clipped (`core.quantization`),
 unquantised ones as they are.
 """

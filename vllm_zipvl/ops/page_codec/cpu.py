@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_zipvl.core.geometry import NUM_PARAMS, UNQUANTISED, PageGeometry
+from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, normalise_keys, rotate
 from vllm_zipvl.ops.halves import float_to_half, half_to_float
 
@@ -54,7 +54,7 @@ def _write(x, heap, halves, page_ids, first_slot, bits, layout, head_bytes, half
         page, slot = page_ids[slot // capacity], slot % capacity
         for head in range(x.shape[1]):
             start = head * head_bytes
-            params = (start + param_offset) // 2 + slot * NUM_PARAMS
+            params = (start + param_offset) // 2 + slot
             for part in range(2):
                 vector = x[token, head, part]
                 low, high = _range(vector, half_range)
@@ -65,8 +65,8 @@ def _write(x, heap, halves, page_ids, first_slot, bits, layout, head_bytes, half
                 per_step = np.float32(1) / step if step > 0 else np.float32(0)
                 codes = start + part * value_offset + slot * code_bytes
                 _pack(vector, low, per_step, bits, heap[page, codes : codes + code_bytes])
-                halves[page, params + 2 * part] = scale
-                halves[page, params + 2 * part + 1] = zero
+                halves[page, params + 2 * part * capacity] = scale
+                halves[page, params + (2 * part + 1) * capacity] = zero
 
 
 def write_pages(

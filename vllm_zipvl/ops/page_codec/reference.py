@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_zipvl.core.geometry import NUM_PARAMS, UNQUANTISED, PageGeometry
+from vllm_zipvl.core.geometry import NUM_PARAMS, PARAM_BYTES, UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import (
     KeyNorm,
     Quantised,
@@ -19,11 +19,17 @@ from vllm_zipvl.core.quantization import (
 
 
 class PageParts(NamedTuple):
-    """Copies of the parts of pages, each [num_pages, num_kv_heads, capacity, ...]."""
+    """Parts of pages as bytes.
+
+    Attributes:
+        keys: [num_pages, num_kv_heads, capacity, code_bytes].
+        values: As `keys`.
+        params: [num_pages, num_kv_heads, 4, capacity, 2]; None if not quantised.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
-    params: torch.Tensor
+    params: torch.Tensor | None
 
 
 def _split(pages: torch.Tensor, bits: int, geometry: PageGeometry) -> PageParts:
@@ -33,11 +39,11 @@ def _split(pages: torch.Tensor, bits: int, geometry: PageGeometry) -> PageParts:
     shape = (layout.capacity, layout.code_bytes)
     keys = heads[..., : layout.value_offset].unflatten(-1, shape)
     values = heads[..., layout.value_offset : layout.param_offset].unflatten(-1, shape)
-    param_bytes = 0 if bits == UNQUANTISED else layout.capacity * NUM_PARAMS * 2
+    if bits == UNQUANTISED:
+        return PageParts(keys, values, None)
+    param_bytes = NUM_PARAMS * layout.capacity * PARAM_BYTES
     params = heads[..., layout.param_offset : layout.param_offset + param_bytes]
-    return PageParts(
-        keys, values, params.unflatten(-1, (-1, NUM_PARAMS * 2)) if param_bytes else params
-    )
+    return PageParts(keys, values, params.unflatten(-1, (NUM_PARAMS, layout.capacity, PARAM_BYTES)))
 
 
 def _encode(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,9 +78,9 @@ def write_pages(
     value_bytes, value_params = _encode(value, bits)
     parts.keys[page, :, slot] = key_bytes
     parts.values[page, :, slot] = value_bytes
-    if key_params is not None and value_params is not None:
-        params = torch.cat([key_params, value_params], dim=-1)
-        parts.params[page, :, slot] = params.view(torch.uint8)
+    if parts.params is not None and key_params is not None and value_params is not None:
+        params = torch.cat([key_params, value_params], dim=-1)[..., None].view(torch.uint8)
+        parts.params[page, :, :, slot] = params
     heap[page_ids] = pages
 
 
@@ -93,9 +99,9 @@ def read_pages(
         return part.transpose(1, 2).flatten(0, 1)[:num_tokens].contiguous()
 
     keys, values = tokens(parts.keys), tokens(parts.values)
-    if bits == UNQUANTISED:
+    if parts.params is None:
         return torch.cat([keys.view(dtype), values.view(dtype)], dim=-1).float()
-    params = tokens(parts.params).view(torch.float16)
+    params = tokens(parts.params.transpose(2, 3)).view(torch.float16)[..., 0]
     decoded = [
         dequantise(Quantised(unpack(packed, bits), params[..., i], params[..., i + 1]))
         for packed, i in ((keys, 0), (values, 2))
