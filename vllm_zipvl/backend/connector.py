@@ -121,7 +121,7 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, ZipVLManager)
-        manager.rules = CacheRules.of(manager.kv_cache_spec, self._vllm_config)
+        manager.bind(CacheRules.of(manager.kv_cache_spec, self._vllm_config))
         self.planner = StepPlanner(manager)
 
     def get_num_new_matched_tokens(

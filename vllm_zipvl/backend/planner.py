@@ -39,9 +39,10 @@ class StepPlanner:
         # Prompts completed in an earlier step, so that their first token did not wait.
         for request_id in list(manager.awaiting):
             plan.compressions.append(manager.plan_prompt(request_id))
+        heaps, num_scheduled_tokens = manager.heaps, scheduler_output.num_scheduled_tokens
         for request_id, num_computed in num_computed_tokens(scheduler_output):
-            end = num_computed + scheduler_output.num_scheduled_tokens[request_id]
-            state = manager.heaps[request_id]
+            end = num_computed + num_scheduled_tokens[request_id]
+            state = heaps[request_id]
             if end < state.quiet_until:
                 continue
             assert state.slot is not None

@@ -54,7 +54,7 @@ class ZipVLManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: ZipVLSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        # Set by the connector before the first request; vLLM builds managers from specs alone.
+        # Bound by the connector before the first request; vLLM builds managers from specs alone.
         self.rules: CacheRules
         self.heaps: dict[str, HeapState] = {}
         # Requests whose prompt is complete and whose compression is not planned yet.
@@ -66,6 +66,13 @@ class ZipVLManager(FullAttentionManager):
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._plan_ids = count()
+
+    def bind(self, rules: CacheRules) -> None:
+        """Take over the rules of the engine."""
+        self.rules = rules
+        if rules.config.prefix_sharing == "exact":
+            # Overridden here, as a method would cost every request of every step a call.
+            self.cache_blocks = self._cache_exact_blocks
 
     @classmethod
     def find_longest_cache_hit(
@@ -80,12 +87,13 @@ class ZipVLManager(FullAttentionManager):
 
     # Blocks in and out, as `KVCacheManager` asks for them.
 
-    def _num_missing_heap_blocks(self, request_id: str, num_tokens: int) -> int:
+    def _is_quiet(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a step up to `num_tokens` needs no block of either kind."""
         state = self.heaps.get(request_id)
-        if state is None:
-            state = HeapState()
-        elif num_tokens < state.quiet_until:
-            return 0
+        return state is not None and num_tokens < state.quiet_until
+
+    def _num_missing_heap_blocks(self, request_id: str, num_tokens: int) -> int:
+        state = self.heaps.get(request_id) or HeapState()
         num_new = self._max_new_pages(state, num_tokens)
         if num_new == 0:
             return 0
@@ -105,16 +113,22 @@ class ZipVLManager(FullAttentionManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
+        if self._is_quiet(request_id, num_tokens):
+            return 0
         num_dense = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
         return num_dense + self._num_missing_heap_blocks(request_id, num_tokens)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        if self._is_quiet(request_id, num_tokens):
+            return []
         num_heap = self._num_missing_heap_blocks(request_id, num_tokens)
-        state = self.heaps.setdefault(request_id, HeapState())
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        state.blocks.extend(self.block_pool.get_new_blocks(num_heap))
+        if request_id not in self.heaps:
+            self.heaps[request_id] = HeapState()
+        if num_heap:
+            self.heaps[request_id].blocks.extend(self.block_pool.get_new_blocks(num_heap))
         return new_blocks
 
     def _free_unused_reserve(self, state: HeapState) -> None:
@@ -135,9 +149,10 @@ class ZipVLManager(FullAttentionManager):
             self.unreported.pop(state.pending.plan_id, None)
         return blocks + state.blocks
 
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        if self.rules.config.prefix_sharing == "exact":
-            num_tokens = min(num_tokens, self._num_exact_tokens(request, num_tokens))
+    def _cache_exact_blocks(
+        self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        num_tokens = min(num_tokens, self._num_exact_tokens(request, num_tokens))
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def _num_exact_tokens(self, request: Request, num_tokens: int) -> int:
