@@ -59,7 +59,7 @@ def test_a_prompt_is_compressed_one_step_after_its_last_chunk(base: Base) -> Non
     (plan,) = third.compressions
     assert not third.chunks
     assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (0, 64, 100, True)
-    assert plan.dense_block_ids == dense_ids[:4]
+    assert plan.dense_block_ids == dense_ids[:7]
     assert plan.first_page == 0
     assert engine.pool.get_num_free_blocks() == num_free, "nothing is freed before the report"
 

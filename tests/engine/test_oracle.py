@@ -128,16 +128,18 @@ class Recorder:
 
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self.kept: dict[str, dict[Event, torch.Tensor]] = {}
-        select = PromptSelector.select
+        select, choose = PromptSelector.select, PromptSelector._choose
         kept_of_prompt = ZipVLWorker._kept_of_prompt
         kept_of_tail_layer = ZipVLWorker._kept_of_tail_layer
 
         def noting_select(selector, layer, chunk, *args):
             if layer == 0:
                 self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
-            selection = select(selector, layer, chunk, *args)
-            if selection is not None:
-                self._note(chunk.request_id, Event("chunk", chunk.end, layer), selection.kept)
+            return select(selector, layer, chunk, *args)
+
+        def noting_choose(selector, prompt, layer, *args):
+            selection, chunk = choose(selector, prompt, layer, *args), prompt.chunk
+            self._note(chunk.request_id, Event("chunk", chunk.end, layer), selection.kept)
             return selection
 
         def noting_kept_of_prompt(worker, plan):
@@ -152,6 +154,7 @@ class Recorder:
             return mask
 
         monkeypatch.setattr(PromptSelector, "select", noting_select)
+        monkeypatch.setattr(PromptSelector, "_choose", noting_choose)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_prompt", noting_kept_of_prompt)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_tail_layer", noting_kept_of_tail_layer)
 

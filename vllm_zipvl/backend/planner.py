@@ -87,7 +87,7 @@ class StepPlanner:
             self._stats.record(
                 plan,
                 compression,
-                num_freed=len(plan.dense_block_ids),
+                num_freed=plan.num_freed_blocks(geometry.block_size),
                 num_used=num_used - geometry.num_blocks(plan.first_page),
             )
 

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.selection import Selection, cap_selections, select
 from vllm_zipvl.ops.probe_scores import probe_scores
+
+
+class ProbeQueries(NamedTuple):
+    """Queries of one layer that wait to probe, [num_probes, num_heads, head_size], unscaled."""
+
+    queries: torch.Tensor
+    scale: float
 
 
 @dataclass
@@ -18,36 +26,34 @@ class PromptState:
     """What a prompt's chunks leave behind, per slot.
 
     Attributes:
+        chunk: The newest chunk.
         random_positions: Random probes of the earlier chunks.
         random_mass: Per layer, their attention mass, float32 [tokens so far].
         selections: Per layer, the selection of the last chunk.
-        num_recent: Recent probes of the last chunk.
+        waiting: Per layer that attended densely, the last chunk's probes.
     """
 
+    chunk: ChunkPlan
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
     selections: dict[int, Selection] = field(default_factory=dict)
-    num_recent: int = 0
+    waiting: dict[int, ProbeQueries] = field(default_factory=dict)
 
 
 class PromptSelector:
     """The selections of the prompts that are being computed or wait for their compression."""
 
     def __init__(
-        self, config: ZipVLConfig, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+        self, rules: CacheRules, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        self.config = config
+        self.rules = rules
+        self.config = rules.config
         self._sum_over_ranks = sum_over_ranks
         self._prompts: dict[int, PromptState] = {}
 
     def forget(self, slot: int) -> None:
         """The slot got a new owner."""
         self._prompts.pop(slot, None)
-
-    def selects(self, chunk: ChunkPlan) -> bool:
-        """Whether the step selects tokens for a chunk."""
-        config = self.config
-        return self.attends_sparsely(chunk) or (config.compress and chunk.ends_prompt)
 
     def attends_sparsely(self, chunk: ChunkPlan) -> bool:
         """Whether a chunk's attention runs on its selection."""
@@ -56,10 +62,26 @@ class PromptSelector:
             config.sparse_prefill and not chunk.attends_densely and chunk.end >= config.min_tokens
         )
 
+    @property
+    def _keeps_all(self) -> bool:
+        return self.config.ratio is None and self.config.tau == 1
+
+    def _is_compressed_after(self, chunk: ChunkPlan) -> bool:
+        return chunk.ends_prompt and self.rules.prompt_end(chunk.end) > 0
+
+    def _probes(self, chunk: ChunkPlan) -> Probes:
+        config = self.config
+        return probe_positions(
+            config.seed, chunk.start, chunk.end, config.probe_recent, config.probe_random
+        )
+
     def select(
         self, layer: int, chunk: ChunkPlan, query: torch.Tensor, key: torch.Tensor, scale: float
     ) -> Selection | None:
-        """Probe a prompt chunk, and select if this step needs it.
+        """Probe a prompt chunk, and select if its attention runs on the selection.
+
+        A chunk that attends densely and is its prompt's last leaves its probes' queries to
+        `take_masks`, so that the first token does not wait for them.
 
         Args:
             layer: Index of the layer.
@@ -68,49 +90,48 @@ class PromptSelector:
             key: All keys of the context [end, num_kv_heads, head_size].
             scale: Softmax scale.
         """
-        config = self.config
-        if chunk.ends_prompt and not self.selects(chunk):
+        is_sparse, is_compressed = self.attends_sparsely(chunk), self._is_compressed_after(chunk)
+        if chunk.ends_prompt and not is_sparse and not is_compressed:
             return None
-        probes = probe_positions(
-            config.seed, chunk.start, chunk.end, config.probe_recent, config.probe_random
-        )
-        prompt = self._prompts.setdefault(chunk.slot, PromptState())
-        if config.ratio is None and config.tau == 1:
-            selection = self._select_all(chunk, key.device)
-        else:
-            mass = self._accumulate_mass(prompt, layer, chunk, probes, query, key, scale)
-            if not self.selects(chunk):
-                return None
-            positions = np.concatenate([prompt.random_positions, probes.random, probes.recent])
-            visible = torch.from_numpy(num_visible_probes(positions, chunk.end))
-            selection = select(mass, visible.to(mass.device), len(probes.recent), config)
-        if chunk.ends_prompt:
+        prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
+        prompt.chunk = chunk
+        positions = np.concatenate(self._probes(chunk)) - chunk.start
+        probes = ProbeQueries(query[torch.from_numpy(positions).to(query.device)], scale)
+        if chunk.ends_prompt and not is_sparse:
+            prompt.waiting[layer] = probes
+            return None
+        if not is_sparse:
+            if not self._keeps_all:
+                self._accumulate_mass(prompt, layer, probes, key)
+            return None
+        selection = self._choose(prompt, layer, probes, key)
+        if is_compressed:
             prompt.selections[layer] = selection
-            prompt.num_recent = len(probes.recent)
         return selection
 
-    @staticmethod
-    def _select_all(chunk: ChunkPlan, device: torch.device) -> Selection:
-        kept = torch.ones(chunk.end, dtype=torch.bool, device=device)
-        return Selection(kept, kept.float(), chunk.end)
+    def _choose(
+        self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
+    ) -> Selection:
+        """Select among the context of a prompt's newest chunk."""
+        end = prompt.chunk.end
+        if self._keeps_all:
+            kept = torch.ones(end, dtype=torch.bool, device=key.device)
+            return Selection(kept, kept.float(), end)
+        mass = self._accumulate_mass(prompt, layer, probes, key)
+        random, recent = self._probes(prompt.chunk)
+        positions = np.concatenate([prompt.random_positions, random, recent])
+        visible = torch.from_numpy(num_visible_probes(positions, end))
+        return select(mass, visible.to(mass.device), len(recent), self.config)
 
     def _accumulate_mass(
-        self,
-        prompt: PromptState,
-        layer: int,
-        chunk: ChunkPlan,
-        probes: Probes,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        scale: float,
+        self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
     ) -> torch.Tensor:
         """Mass of this chunk's probes and of the earlier chunks' random ones, float32 [end]."""
-        positions = torch.from_numpy(np.concatenate([probes.random, probes.recent]))
-        positions = positions.to(query.device)
-        chunk_mass = probe_scores(
-            query[positions - chunk.start], positions, len(probes.random), key, scale
-        )
-        random, recent = self._sum_over_ranks(torch.stack(chunk_mass))
+        random_positions, recent_positions = self._probes(prompt.chunk)
+        positions = torch.from_numpy(np.concatenate([random_positions, recent_positions]))
+        positions = positions.to(key.device)
+        mass = probe_scores(probes.queries, positions, len(random_positions), key, probes.scale)
+        random, recent = self._sum_over_ranks(torch.stack(mass))
         earlier = prompt.random_mass.get(layer)
         if earlier is not None:
             random[: earlier.shape[0]] += earlier
@@ -119,22 +140,28 @@ class PromptSelector:
 
     def finish_chunk(self, chunk: ChunkPlan) -> None:
         """After the last layer of a chunk: its random probes count in the chunks to come."""
-        config = self.config
         prompt = self._prompts.get(chunk.slot)
         if prompt is None:
             return
         if not chunk.ends_prompt:
-            probes = probe_positions(
-                config.seed, chunk.start, chunk.end, config.probe_recent, config.probe_random
-            )
-            prompt.random_positions = np.concatenate([prompt.random_positions, probes.random])
-        elif config.compress:
-            prompt.random_mass.clear()
-        else:
+            random = self._probes(chunk).random
+            prompt.random_positions = np.concatenate([prompt.random_positions, random])
+        elif not self._is_compressed_after(chunk):
             del self._prompts[chunk.slot]
 
-    def take_masks(self, slot: int) -> list[torch.Tensor]:
-        """What each layer keeps of a complete prompt, bool masks [num_tokens], in layer order."""
+    def take_masks(
+        self, slot: int, num_layers: int, keys: Callable[[int], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What each layer keeps of a complete prompt, bool masks [num_tokens].
+
+        Args:
+            slot: The prompt's slot.
+            num_layers: How many layers there are.
+            keys: Gives a layer's keys of the prompt, [num_tokens, num_kv_heads, head_size].
+        """
         prompt = self._prompts.pop(slot)
-        selections = [selection for _, selection in sorted(prompt.selections.items())]
-        return cap_selections(selections, prompt.num_recent, self.config.max_kept)
+        for layer, probes in prompt.waiting.items():
+            prompt.selections[layer] = self._choose(prompt, layer, probes, keys(layer))
+        selections = [prompt.selections[layer] for layer in range(num_layers)]
+        num_recent = len(self._probes(prompt.chunk).recent)
+        return cap_selections(selections, num_recent, self.config.max_kept)

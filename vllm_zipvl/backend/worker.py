@@ -49,7 +49,7 @@ class ZipVLWorker:
         self._num_slots = num_slots
         self._max_model_len = max_model_len
         self._sum_over_ranks = sum_over_ranks
-        self.prompts = PromptSelector(rules.config, sum_over_ranks)
+        self.prompts = PromptSelector(rules, sum_over_ranks)
         self._layer_index: dict[str, int] = {}
         self._kv_caches: list[torch.Tensor] = []
         self._tail_probes: dict[int, dict[int, TailProbe]] = {}
@@ -127,7 +127,17 @@ class ZipVLWorker:
         return range(self.geometry.num_layers)
 
     def _kept_of_prompt(self, plan: CompressionPlan) -> list[torch.Tensor]:
-        return [mask[plan.start : plan.end] for mask in self.prompts.take_masks(plan.slot)]
+        def keys(layer: int) -> torch.Tensor:
+            return self._dense_kv(plan, layer, plan.context_len).chunk(2, dim=-1)[0]
+
+        masks = self.prompts.take_masks(plan.slot, self.geometry.num_layers, keys)
+        return [mask[: plan.end] for mask in masks]
+
+    def _dense_kv(self, plan: CompressionPlan, layer: int, end: int) -> torch.Tensor:
+        """Tokens [plan.start, end), [num_tokens, num_kv_heads, 2 * head_size]."""
+        kv_cache = self._kv_caches[layer]
+        block_ids = torch.tensor(plan.dense_block_ids, device=kv_cache.device)
+        return gather_kv(kv_cache, block_ids, 0, end - plan.start)
 
     def _kept_of_tail(self, plan: CompressionPlan) -> list[torch.Tensor]:
         probes = self._tail_probes.pop(plan.slot)
@@ -137,9 +147,7 @@ class ZipVLWorker:
         self, plan: CompressionPlan, layer: int, probe: TailProbe
     ) -> torch.Tensor:
         """The count rule within the tail, on this step's attention over the whole context."""
-        kv_cache = self._kv_caches[layer]
-        block_ids = torch.tensor(plan.dense_block_ids, device=kv_cache.device)
-        kv = gather_kv(kv_cache, block_ids, 0, plan.end - plan.start)
+        kv = self._dense_kv(plan, layer, plan.end)
         keys = kv[..., : self.geometry.head_size].float()
         query = probe.query.float().view(self.geometry.num_kv_heads, -1, self.geometry.head_size)
         scores = query @ keys.permute(1, 2, 0) * probe.scale

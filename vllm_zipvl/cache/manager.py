@@ -221,7 +221,7 @@ class ZipVLManager(FullAttentionManager):
         context_len: int,
         is_prompt: bool,
     ) -> CompressionPlan:
-        first, last = state.compressed_len // self.block_size, end // self.block_size
+        first, last = state.compressed_len // self.block_size, cdiv(context_len, self.block_size)
         dense = self.req_to_blocks[request_id][first:last]
         assert state.slot is not None
         state.pending = CompressionPlan(

@@ -45,7 +45,7 @@ class CompressionPlan:
         end: Token after the last; a multiple of the block size.
         context_len: Tokens that the decision refers to.
         is_prompt: Whether the prompt's selection decides, else this step's query.
-        dense_block_ids: Blocks that hold the tokens.
+        dense_block_ids: Blocks that hold the context from token `start` on.
         heap_block_ids: The request's heap blocks, all of them.
         first_page: The first of the request's pages that is not in use yet.
     """
@@ -60,6 +60,10 @@ class CompressionPlan:
     dense_block_ids: list[int]
     heap_block_ids: list[int]
     first_page: int
+
+    def num_freed_blocks(self, block_size: int) -> int:
+        """Dense blocks that nobody needs any more once the tokens have moved."""
+        return (self.end - self.start) // block_size
 
 
 @dataclass

@@ -4,9 +4,17 @@ A token's key and value lie side by side. Blocks of several layers may be interl
 the last three dimensions need be contiguous.
 """
 
+from types import ModuleType
+
 import torch
 
 from vllm_zipvl.ops.dense_blocks import reference
+from vllm_zipvl.ops.lazy import numba_module
+
+
+def _implementation(kv_cache: torch.Tensor) -> ModuleType:
+    on_cpu = kv_cache.device.type == "cpu"
+    return on_cpu and numba_module("vllm_zipvl.ops.dense_blocks.cpu") or reference
 
 
 def store_kv(
@@ -21,7 +29,7 @@ def store_kv(
         slot_mapping: block * block_size + offset per token, int64 [num_slots]; negative
             slots are padding.
     """
-    reference.store_kv(key, value, kv_cache, slot_mapping)
+    _implementation(kv_cache).store_kv(key, value, kv_cache, slot_mapping)
 
 
 def gather_kv(
@@ -38,4 +46,4 @@ def gather_kv(
     Returns:
         [end - start, num_kv_heads, 2 * head_size], contiguous.
     """
-    return reference.gather_kv(kv_cache, block_ids, start, end)
+    return _implementation(kv_cache).gather_kv(kv_cache, block_ids, start, end)

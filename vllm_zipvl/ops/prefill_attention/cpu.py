@@ -38,7 +38,9 @@ def prefill_attention(
     num_tokens, num_kv_heads, _ = key.shape
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     isa, kv_cache_dtype = _isa(query.dtype), "auto"
-    cache = query.new_zeros(num_blocks, num_kv_heads, 2 * BLOCK_SIZE, head_size)
+    cache = query.new_empty(num_blocks, num_kv_heads, 2 * BLOCK_SIZE, head_size)
+    # The kernel multiplies what lies past the last token with weights of 0.
+    cache[-1].zero_()
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.arange(num_tokens)
     torch.ops._C.cpu_attn_reshape_and_cache(

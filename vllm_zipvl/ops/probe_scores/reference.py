@@ -15,19 +15,18 @@ def probe_scores(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `api.probe_scores`; returns the mass of random and of recent probes."""
-    num_probes, num_heads, head_size = queries.shape
     num_tokens, num_kv_heads, _ = keys.shape
+    num_probes, num_heads, _ = queries.shape
     group = num_heads // num_kv_heads
+    q = (queries.float() * scale).unflatten(1, (num_kv_heads, group))
+    q = q.permute(1, 2, 0, 3).flatten(1, 2)
     hidden = torch.arange(num_tokens, device=keys.device) > positions[:, None]
-    first_hidden = int(positions.min()) + 1
+    visibility = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
+    visibility = visibility.repeat(group, 1)
+    is_random = torch.arange(num_probes, device=keys.device) < num_random
+    classes = torch.stack([is_random, ~is_random]).float().repeat(1, group)
     mass = torch.zeros(2, num_tokens, dtype=torch.float32, device=keys.device)
     for head in range(num_kv_heads):
-        q = queries[:, head * group : (head + 1) * group].float() * scale
-        scores = q.reshape(-1, head_size) @ keys[:, head].float().t()
-        scores = scores.view(num_probes, group, num_tokens)
-        if first_hidden < num_tokens:
-            scores[..., first_hidden:].masked_fill_(hidden[:, None, first_hidden:], float("-inf"))
-        attention = torch.softmax(scores, dim=-1)
-        mass[0] += attention[:num_random].sum((0, 1))
-        mass[1] += attention[num_random:].sum((0, 1))
+        scores = torch.addmm(visibility, q[head], keys[:, head].float().t())
+        mass += classes @ torch.softmax(scores, dim=-1)
     return mass[0], mass[1]

@@ -1,0 +1,51 @@
+"""Dense block access on the CPU: numba copies 8 bytes at a time, whatever the dtype."""
+
+import numba
+import numpy as np
+import torch
+
+
+def _words(x: torch.Tensor) -> np.ndarray:
+    """The elements of the contiguous last dimension as int64."""
+    return x.view(torch.int64).numpy()
+
+
+@numba.njit(cache=True, parallel=True)
+def _store(key, value, kv_cache, slot_mapping):
+    block_size, width = kv_cache.shape[2], key.shape[2]
+    for token in numba.prange(len(slot_mapping)):
+        slot = slot_mapping[token]
+        if slot < 0:
+            continue
+        block, offset = slot // block_size, slot % block_size
+        for head in range(key.shape[1]):
+            for i in range(width):
+                kv_cache[block, head, offset, i] = key[token, head, i]
+                kv_cache[block, head, offset, width + i] = value[token, head, i]
+
+
+@numba.njit(cache=True, parallel=True)
+def _gather(kv_cache, block_ids, start, out):
+    block_size = kv_cache.shape[2]
+    for token in numba.prange(len(out)):
+        position = start + token
+        block, offset = block_ids[position // block_size], position % block_size
+        for head in range(out.shape[1]):
+            for i in range(out.shape[2]):
+                out[token, head, i] = kv_cache[block, head, offset, i]
+
+
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See `api.store_kv`."""
+    _store(_words(key), _words(value), _words(kv_cache), slot_mapping.numpy())
+
+
+def gather_kv(
+    kv_cache: torch.Tensor, block_ids: torch.Tensor, start: int, end: int
+) -> torch.Tensor:
+    """See `api.gather_kv`."""
+    out = kv_cache.new_empty(end - start, kv_cache.shape[1], kv_cache.shape[3])
+    _gather(_words(kv_cache), block_ids.numpy(), start, _words(out))
+    return out
