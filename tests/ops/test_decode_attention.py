@@ -1,5 +1,9 @@
 """Decode attention against fp64 truth, with everything that must not be read set to NaN."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -215,3 +219,12 @@ def test_rows_do_not_touch_each_other() -> None:
     rows = DecodeRows(*(column[order] for column in case.rows))
     decode_attention(query[order], case.context, rows, 0.1, shuffled)
     assert torch.equal(shuffled, out[order])
+
+
+def test_a_machine_without_avx512(tmp_path: Path) -> None:
+    """The same kernels compiled for another machine, which numba caches by itself."""
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CACHE_DIR": str(tmp_path)}
+    this_test = f"{__file__}::test_all_bit_pairs"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this_test]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -16,7 +16,8 @@ from itertools import product
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from llvmlite.binding import get_host_cpu_features
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 LANES = 16
@@ -32,6 +33,9 @@ _FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 _SIZES = ("row", "stride", "num_tokens", "head_size")
 _FAST = ("contract", "reassoc", "nsz")
+
+HAS_LOOKUP = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f"))
+"""Whether numba compiles for this machine, and it has AVX-512."""
 
 Builder = ir.IRBuilder
 Value = ir.Value
@@ -80,8 +84,28 @@ def _widen(builder: Builder, kind: int, pointer: Value) -> list[Value]:
         return [builder.bitcast(builder.shl(raw, _constants(16)), _FLOATS)]
     bits = _CODE_BITS[kind]
     raw = builder.zext(_load(builder, pointer, ir.IntType(8)), _INTS)
+    if HAS_LOOKUP and bits < 8:
+        return _look_up(builder, raw, bits)
     parts = [builder.lshr(raw, _constants(shift)) for shift in range(0, 8, bits)]
     return [builder.sitofp(builder.and_(p, _constants(2**bits - 1)), _FLOATS) for p in parts]
+
+
+def _look_up(builder: Builder, raw: Value, bits: int) -> list[Value]:
+    """Codes of up to 4 bits as floats, by one AVX-512 lookup each.
+
+    A lookup takes the lowest 4 bits of a lane and ignores the others, so that codes need not be
+    masked, and two codes of 2 bits share a shift.
+    """
+    permute = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
+    name = "llvm.x86.avx512.permvar.sf.512"
+    function = cgutils.get_or_insert_function(builder.module, permute, name)
+    parts = []
+    for shift in (0, 4):
+        index = builder.lshr(raw, _constants(shift)) if shift else raw
+        for low in range(0, 4, bits):
+            codes = [float((i >> low) & (2**bits - 1)) for i in range(LANES)]
+            parts.append(builder.call(function, [ir.Constant(_FLOATS, codes), index]))
+    return parts
 
 
 def _sum_lanes(builder: Builder, vectors: list[Value]) -> Value:
