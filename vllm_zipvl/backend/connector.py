@@ -5,6 +5,7 @@ answers back: across processes, executors and tensor-parallel ranks. Nothing is 
 another engine.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
+
+
+logger = init_logger("vllm.zipvl")
+
+SLOW_WARM_UP = 5
+"""Seconds above which kernels were compiled rather than loaded."""
 
 
 def _sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +89,11 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         assert self.worker is not None
         self.worker.register(kv_caches)
+        started = time.monotonic()
+        self.worker.warm_up()
+        seconds = time.monotonic() - started
+        if seconds > SLOW_WARM_UP:
+            logger.info("zipvl: compiled its kernels in %.0f s; later starts reuse them", seconds)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

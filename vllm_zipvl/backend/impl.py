@@ -10,7 +10,7 @@ from vllm_zipvl.backend.connector import ZipVLConnector
 from vllm_zipvl.backend.metadata import DecodeBatch, PromptRow, ZipVLMetadata
 from vllm_zipvl.backend.requirements import check_layer
 from vllm_zipvl.backend.worker import ZipVLWorker
-from vllm_zipvl.ops.decode_attention import CachedContext, decode_attention
+from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import prefill_attention
 
@@ -110,9 +110,7 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         for row in batch.prompts:
             self._attend_prompt(worker, layer_index, row, query, key, value, kv_cache, out)
         if batch.decodes is not None:
-            self._attend_decodes(
-                worker, layer_index, batch.decodes, attn_metadata, query, kv_cache, out
-            )
+            self._attend_decodes(worker, layer_index, batch.decodes, attn_metadata, query, out)
         return output
 
     def _attend_prompt(
@@ -149,20 +147,9 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         decodes: DecodeBatch,
         metadata: ZipVLMetadata,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        heap = worker.heap
-        assert heap is not None
-        context = CachedContext(
-            kv_cache=kv_cache,
-            heap=heap.memory,
-            page_table=heap.page_table[layer_index],
-            page_counts=heap.page_counts[layer_index],
-            block_table=metadata.block_table,
-            geometry=worker.geometry,
-            key_norms=heap.key_norms[layer_index],
-        )
+        context = worker.context(layer_index, metadata.block_table)
         q = query[decodes.tokens]
         result = torch.empty_like(q)
         lse = decode_attention(q, context, decodes.rows, self.scale, result)

@@ -11,7 +11,9 @@ from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan, StepReport
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.selection import num_to_keep, top_mask
-from vllm_zipvl.ops.dense_blocks import gather_kv
+from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
+from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
+from vllm_zipvl.ops.page_codec import write_pages
 
 
 @dataclass
@@ -78,6 +80,39 @@ class ZipVLWorker:
         # No request ends in a block that no plan named: the null block, and those of dummy runs.
         self.slot_of_block = torch.full(
             (first.shape[0],), -1, dtype=torch.int32, device=first.device
+        )
+
+    def warm_up(self) -> None:
+        """Run every operation on next to nothing, as their kernels compile on first use."""
+        assert self.heap is not None
+        kv_cache = self._kv_caches[0]
+        zero = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
+        token = kv_cache.new_zeros(1, self.geometry.num_kv_heads, self.geometry.head_size)
+        rows = DecodeRows(slots=zero, rows=zero, tail_starts=zero, context_lens=zero)
+        decode_attention(token, self.context(0, zero[None]), rows, 1.0, torch.empty_like(token))
+        store_kv(token, token, kv_cache, zero[:0].long())
+        kv = gather_kv(kv_cache, zero, 0, 1)
+        page = torch.zeros_like(self.heap.memory[:1])
+        for bits in filter(None, self.geometry.bits):
+            write_pages(kv, page, zero, 0, bits, self.geometry)
+
+    def context(self, layer: int, block_table: torch.Tensor) -> CachedContext:
+        """What a layer caches, for decode attention.
+
+        Args:
+            layer: Index of the layer.
+            block_table: int32 [num_rows, max_blocks].
+        """
+        heap = self.heap
+        assert heap is not None
+        return CachedContext(
+            kv_cache=self._kv_caches[layer],
+            heap=heap.memory,
+            page_table=heap.page_table[layer],
+            page_counts=heap.page_counts[layer],
+            block_table=block_table,
+            geometry=self.geometry,
+            key_norms=heap.key_norms[layer],
         )
 
     def layer_index(self, layer_name: str) -> int:

@@ -10,7 +10,8 @@ def _words(x: torch.Tensor) -> np.ndarray:
     return x.view(torch.int64).numpy()
 
 
-@numba.njit(cache=True, parallel=True)
+# One signature each, so that other strides do not compile anew.
+@numba.njit("void(i8[:,:,:], i8[:,:,:], i8[:,:,:,:], i8[:])", cache=True, parallel=True)
 def _store(key, value, kv_cache, slot_mapping):
     block_size, width = kv_cache.shape[2], key.shape[2]
     for token in numba.prange(len(slot_mapping)):
@@ -24,7 +25,7 @@ def _store(key, value, kv_cache, slot_mapping):
                 kv_cache[block, head, offset, width + i] = value[token, head, i]
 
 
-@numba.njit(cache=True, parallel=True)
+@numba.njit("void(i8[:,:,:,:], i8[:], i8, i8[:,:,::1])", cache=True, parallel=True)
 def _gather(kv_cache, block_ids, start, out):
     block_size = kv_cache.shape[2]
     for token in numba.prange(len(out)):
@@ -47,5 +48,5 @@ def gather_kv(
 ) -> torch.Tensor:
     """See `api.gather_kv`."""
     out = kv_cache.new_empty(end - start, kv_cache.shape[1], kv_cache.shape[3])
-    _gather(_words(kv_cache), block_ids.numpy(), start, _words(out))
+    _gather(_words(kv_cache), block_ids.long().numpy(), start, _words(out))
     return out

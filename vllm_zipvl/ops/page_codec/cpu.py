@@ -89,7 +89,7 @@ def write_pages(
             vectors.numpy(),
             pages,
             pages.view(np.uint16),
-            page_ids.numpy(),
+            page_ids.long().numpy(),
             first_slot + start,
             bits,
             geometry.layout(bits),
