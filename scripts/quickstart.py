@@ -189,10 +189,17 @@ def serve(model: Path) -> Iterator[str]:
     log = FOLDER / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"},
         )
     try:
         wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
+        for line in log.read_text(errors="replace").splitlines():
+            if " zipvl: " in line:
+                say(f"its log, {log.name}: {line[line.index('zipvl: ') :]}")
         yield f"http://127.0.0.1:{port}"
     finally:
         stop(server)
