@@ -1,0 +1,102 @@
+"""Bar, line and pie charts with values to read and to compare (after ChartQA)."""
+
+from random import Random
+
+from drawing import COLOURS, texture, write
+from examples import EASY, Example
+from PIL import Image, ImageDraw
+
+NAME = "charts"
+LETTERS = "abcdefgh"
+TOP = 9
+"""Largest value; a tick of the axis is one unit."""
+_LEFT, _RIGHT, _BOTTOM, _HEIGHT = 0.14, 0.94, 0.86, 0.72
+_BRIGHT = [colour for colour in COLOURS if colour not in ("white", "black")]
+
+
+def _axis(image: Image.Image) -> None:
+    pen, side = ImageDraw.Draw(image), image.width
+    pen.rectangle((0.04 * side, 0.06 * side, 0.98 * side, 0.97 * side), fill=(232, 232, 228))
+    for value in range(TOP + 1):
+        y = (_BOTTOM - _HEIGHT * value / TOP) * side
+        pen.line((_LEFT * side, y, _RIGHT * side, y), fill=(190, 190, 190))
+        write(image, 0.09, y / side, str(value), 0.05, "black")
+
+
+def _columns(names: list[str]) -> list[float]:
+    width = (_RIGHT - _LEFT) / len(names)
+    return [_LEFT + (i + 0.5) * width for i in range(len(names))]
+
+
+def _bars(image: Image.Image, random: Random, values: dict[str, int]) -> None:
+    _axis(image)
+    pen, side = ImageDraw.Draw(image), image.width
+    half = 0.3 * (_RIGHT - _LEFT) / len(values)
+    for x, (name, value) in zip(_columns(list(values)), values.items(), strict=True):
+        top = _BOTTOM - _HEIGHT * value / TOP
+        box = ((x - half) * side, top * side, (x + half) * side, _BOTTOM * side)
+        pen.rectangle(box, fill=COLOURS[random.choice(_BRIGHT)])
+        write(image, x, 0.92, name, 0.06, "black")
+
+
+def _line(image: Image.Image, random: Random, values: dict[str, int]) -> None:
+    _axis(image)
+    pen, side = ImageDraw.Draw(image), image.width
+    xs = _columns(list(values))
+    ys = [_BOTTOM - _HEIGHT * value / TOP for value in values.values()]
+    points = [(x * side, y * side) for x, y in zip(xs, ys, strict=True)]
+    colour = COLOURS[random.choice(_BRIGHT)]
+    pen.line(points, fill=colour, width=max(2, side // 80))
+    for (x, y), place, name in zip(points, xs, values, strict=True):
+        r = side / 60
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        write(image, place, 0.92, name, 0.06, "black")
+
+
+def _value_of(random: Random, values: dict[str, int]) -> tuple[str, str]:
+    name = random.choice(list(values))
+    return f"what is the value of {name}", str(values[name])
+
+
+def _extreme(random: Random, values: dict[str, int]) -> tuple[str, str]:
+    word, choose = random.choice([("largest", max), ("smallest", min)])
+    return f"which one is the {word}", choose(values, key=values.__getitem__)
+
+
+def _compare(random: Random, values: dict[str, int]) -> tuple[str, str]:
+    a, b = random.sample(list(values), 2)
+    return f"is {a} larger than {b}", "yes" if values[a] > values[b] else "no"
+
+
+def _share(random: Random, side: int, num: int) -> Example:
+    """A pie: colours name the parts."""
+    image = texture(random, side)
+    colours = random.sample(_BRIGHT, num)
+    while True:
+        weights = [random.randint(1, 9) for _ in colours]
+        ranked = sorted(weights)
+        if ranked[0] < ranked[1] and ranked[-2] + 1 < ranked[-1]:
+            break
+    pen, angle = ImageDraw.Draw(image), random.uniform(0, 360)
+    box = (0.15 * side, 0.15 * side, 0.85 * side, 0.85 * side)
+    for colour, weight in zip(colours, weights, strict=True):
+        turn = 360 * weight / sum(weights)
+        pen.pieslice(box, angle, angle + turn, fill=COLOURS[colour], outline=(30, 30, 30))
+        angle += turn
+    word, choose = random.choice([("largest", max), ("smallest", min)])
+    answer = colours[weights.index(choose(weights))]
+    return Example([image], f"what colour is the {word} part", answer)
+
+
+def draw(random: Random, level: str, side: int) -> Example:
+    """Easy charts have three values, hard ones six."""
+    num = 3 if level == EASY else 6
+    chart = random.choice((_bars, _line, None))
+    if chart is None:
+        return _share(random, side, min(num, 5))
+    names = random.sample(LETTERS, num)
+    values = dict(zip(names, random.sample(range(1, TOP + 1), num), strict=True))
+    image = texture(random, side)
+    chart(image, random, values)
+    question, answer = random.choice((_value_of, _extreme, _compare))(random, values)
+    return Example([image], question, answer)

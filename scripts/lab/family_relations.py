@@ -1,0 +1,64 @@
+"""Where objects are to one another, in one or two steps (after GQA)."""
+
+import math
+from random import Random
+
+from drawing import COLOURS, SHAPES, Thing, scene
+from examples import EASY, Example
+from family_objects import things_of
+
+NAME = "relations"
+SIDES = ("left of", "right of", "above", "below")
+_MARGIN = 0.12
+
+
+def _is_beside(a: Thing, b: Thing, side: str) -> bool:
+    """Whether `a` lies clearly on that side of `b`."""
+    return {
+        "left of": b.x - a.x,
+        "right of": a.x - b.x,
+        "above": b.y - a.y,
+        "below": a.y - b.y,
+    }[side] > _MARGIN
+
+
+def _side_of(random: Random, things: list[Thing]) -> Example | None:
+    a, b = random.sample(things, 2)
+    relation = random.choice(SIDES)
+    clear = abs(a.x - b.x if "of" in relation else a.y - b.y) > _MARGIN
+    if not clear:
+        return None
+    answer = "yes" if _is_beside(a, b, relation) else "no"
+    return Example([], f"is the {a.shape} {relation} the {b.shape}", answer)
+
+
+def _only_one_beside(random: Random, things: list[Thing]) -> Example | None:
+    b = random.choice(things)
+    relation = random.choice(SIDES)
+    beside = [a for a in things if a is not b and _is_beside(a, b, relation)]
+    unclear = [a for a in things if a is not b and not any(_is_beside(a, b, s) for s in SIDES)]
+    if len(beside) != 1 or unclear:
+        return None
+    return Example([], f"what colour is the object {relation} the {b.shape}", beside[0].colour)
+
+
+def _nearest_of(random: Random, things: list[Thing]) -> Example | None:
+    b = random.choice(things)
+    distances = {a: math.dist((a.x, a.y), (b.x, b.y)) for a in things if a is not b}
+    first, second = sorted(distances, key=distances.__getitem__)[:2]
+    if distances[second] < 1.25 * distances[first]:
+        return None
+    question = f"what colour is the object nearest to the {b.shape}"
+    return Example([], question, first.colour)
+
+
+def draw(random: Random, level: str, side: int) -> Example:
+    """Easy: three objects and one step; hard: six, and references by neighbourhood."""
+    kinds = (_side_of,) if level == EASY else (_side_of, _only_one_beside, _nearest_of)
+    while True:
+        shapes = random.sample(SHAPES, 3 if level == EASY else len(SHAPES))
+        pairs = [(shape, random.choice(list(COLOURS))) for shape in shapes]
+        things = things_of(random, pairs)
+        example = random.choice(kinds)(random, things)
+        if example is not None:
+            return example._replace(images=[scene(random, side, things)])

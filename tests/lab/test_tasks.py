@@ -1,0 +1,74 @@
+"""The accuracy lab's questions: repeatable, varied and answerable."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts" / "lab"))
+import family_charts
+import family_words
+import tasks
+from drawing import COLOURS, SHAPES
+from examples import LEVELS, Example
+
+SIDE = 84
+ANSWERS = {
+    "yes", "no", *COLOURS, *SHAPES, *family_words.WORDS, *family_charts.LETTERS,
+    *(str(number) for number in range(100)),
+}  # fmt: skip
+EVERY = [(family, level) for family in tasks.FAMILIES for level in LEVELS]
+
+
+def draw(family: str, level: str, split: str = "train", num: int = 120) -> list[Example]:
+    return [tasks.example(family, level, split, i, SIDE) for i in range(num)]
+
+
+def pixels(example: Example) -> bytes:
+    return b"".join(np.asarray(image).tobytes() for image in example.images)
+
+
+@pytest.mark.parametrize(("family", "level"), EVERY)
+def test_an_index_always_gives_the_same_example(family: str, level: str) -> None:
+    for index in range(5):
+        one, other = (tasks.example(family, level, "test", index, SIDE) for _ in range(2))
+        assert (one.question, one.answer) == (other.question, other.answer)
+        assert pixels(one) == pixels(other)
+
+
+@pytest.mark.parametrize(("family", "level"), EVERY)
+def test_splits_share_no_picture(family: str, level: str) -> None:
+    train, test = (
+        {pixels(one) for one in draw(family, level, split, 60)} for split in ("train", "test")
+    )
+    assert len(train) == len(test) == 60
+    assert train.isdisjoint(test)
+
+
+@pytest.mark.parametrize(("family", "level"), EVERY)
+def test_answers_are_known_words_and_none_is_a_safe_guess(family: str, level: str) -> None:
+    examples = draw(family, level)
+    assert {one.answer for one in examples} <= ANSWERS
+    by_kind: dict[str, Counter[str]] = {}
+    for one in examples:
+        by_kind.setdefault(one.question.split()[0], Counter())[one.answer] += 1
+    for kind, answers in by_kind.items():
+        assert answers.most_common(1)[0][1] <= 0.8 * answers.total(), (kind, answers)
+
+
+def test_the_same_question_has_other_answers_on_other_pictures() -> None:
+    answers: dict[str, set[str]] = {}
+    for one in draw("objects", "hard", num=400):
+        answers.setdefault(one.question, set()).add(one.answer)
+    asked_often = [found for found in answers.values() if len(found) > 1]
+    assert len(asked_often) > 0.8 * len(answers)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("poems", "easy", "train"), ("words", "odd", "train"), ("words", "easy", "all")]
+)
+def test_unknown_names_are_refused(arguments: tuple[str, str, str]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        tasks.example(*arguments, 0, SIDE)
