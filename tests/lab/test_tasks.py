@@ -1,15 +1,11 @@
 """The accuracy lab's questions: repeatable, varied and answerable."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts" / "lab"))
 import family_charts
 import family_words
+import numpy as np
+import pytest
 import tasks
 from drawing import COLOURS, SHAPES
 from examples import LEVELS, Example

@@ -1,0 +1,135 @@
+"""The lab's model: LLaVA's own architecture, small, and a tokenizer of the tasks' words."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
+
+TEMPLATE = CHAT_TEMPLATE.replace(".upper()", "").replace("ASSISTANT", "assistant")
+WORDS_OF_TASKS = """
+    a above after are assistant below black blue bus car cat circle colour comes cross cup dog egg
+    fan green hat how in ink is it jam key largest larger left leg many map more nearest net no
+    oak object objects of often one orange part pen picture purple red right ring rug shape
+    smallest square star sun tea than the there to triangle user value van what which white
+    written yellow yes
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabModel:
+    """What to build.
+
+    Attributes:
+        side: Pixels a side of every picture.
+        patch_size: Pixels a side of a patch; a picture has (side / patch_size)^2 tokens.
+        layers: Of the language model.
+        hidden_size: Of the language model.
+        heads: Of 64 channels; half as many KV heads.
+        vision_layers: Of the vision tower.
+        vision_hidden_size: Of the vision tower.
+    """
+
+    side: int = 336
+    patch_size: int = 14
+    layers: int = 6
+    hidden_size: int = 256
+    heads: int = 4
+    vision_layers: int = 6
+    vision_hidden_size: int = 192
+
+    @property
+    def tokens_per_image(self) -> int:
+        return (self.side // self.patch_size) ** 2
+
+
+GPU = LabModel()
+CPU = LabModel(side=168, layers=4, vision_layers=4)
+PRESETS = {"gpu": GPU, "cpu": CPU}
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per word, number and letter of the tasks; anything else is unknown."""
+    words = WORDS_OF_TASKS.split()
+    pieces = [*SPECIAL_TOKENS, *words, *"bcdefgh", ":", *(str(number) for number in range(100))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        chat_template=TEMPLATE,
+    )
+
+
+def make_processor(spec: LabModel) -> transformers.LlavaProcessor:
+    """Pictures and text to the model's inputs."""
+    size = {"height": spec.side, "width": spec.side}
+    return transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": spec.side}, crop_size=size
+        ),
+        tokenizer=make_tokenizer(),
+        chat_template=TEMPLATE,
+        patch_size=spec.patch_size,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+
+
+def make_model(spec: LabModel) -> transformers.LlavaForConditionalGeneration:
+    """A model with fresh weights; seed torch before."""
+    tokenizer = make_tokenizer()
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=spec.vision_hidden_size,
+        intermediate_size=4 * spec.vision_hidden_size,
+        num_hidden_layers=spec.vision_layers,
+        num_attention_heads=spec.vision_hidden_size // 64,
+        image_size=spec.side,
+        patch_size=spec.patch_size,
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=spec.hidden_size,
+        intermediate_size=3 * spec.hidden_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=max(1, spec.heads // 2),
+        head_dim=64,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=spec.tokens_per_image,
+        # The last layer: a small tower has none to spare.
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def save(model: transformers.LlavaForConditionalGeneration, spec: LabModel, out: Path) -> None:
+    """Write a folder that transformers and vLLM load."""
+    model.save_pretrained(out, max_shard_size="100GB")
+    make_processor(spec).save_pretrained(out)
+    weights = out / "model.safetensors"
+    tensors = {published_name(name): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
