@@ -77,7 +77,8 @@ class ZipVLMetadata(AttentionMetadata):
 def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> Batch:
     starts, table = metadata.query_start_loc, metadata.block_table
     num_queries = starts[1:] - starts[:-1]
-    last_blocks = table.gather(1, (metadata.seq_lens - 1).clamp(min=0)[:, None] // block_size)
+    last_index = (metadata.seq_lens.long() - 1).clamp(min=0) // block_size
+    last_blocks = table.gather(1, last_index[:, None])
     slots = worker.slot_of_block[last_blocks[:, 0]]
     is_decode = (num_queries > 0) & (metadata.seq_lens > 0) & (slots >= 0)
     prompts = []
