@@ -10,19 +10,17 @@ import numpy as np
 import torch
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
-from vllm_zipvl.ops.decode_attention.cpu_kernels import (
+from vllm_zipvl.ops.decode_attention.cpu_kernels import STEP_TOKENS, attend_rows, finish_rows
+from vllm_zipvl.ops.decode_attention.cpu_launch import (
     DENSE,
     KEPT,
     REST,
-    STEP_TOKENS,
     Inputs,
     Record,
     Shape,
     Stores,
     Tables,
     TokenClass,
-    attend_rows,
-    finish_rows,
 )
 from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     BFLOAT16,
