@@ -42,6 +42,11 @@ def test_an_error_names_key_value_and_choices(key, value, choices):
     assert "\n" not in message
 
 
+def test_with_both_halves_off_there_would_be_nothing_to_do():
+    with pytest.raises(ValueError, match="compress = False must be true where zipvl.sparse_pre"):
+        ZipVLConfig(sparse_prefill=False, compress=False)
+
+
 def test_an_unknown_key_is_an_error():
     with pytest.raises(ValueError, match="zipvl.taau = 0.9 is not a setting; the settings are"):
         ZipVLConfig.from_additional_config({"zipvl": {"taau": 0.9}})

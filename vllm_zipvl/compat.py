@@ -47,8 +47,9 @@ def register_member() -> AttentionBackendEnum:
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
-    """Whether this engine runs on the zipvl backend."""
-    return vllm_config.attention_config.backend is AttentionBackendEnum[BACKEND]
+    """Whether this engine asks for the zipvl backend, for all layers or for some."""
+    config = vllm_config.attention_config
+    return AttentionBackendEnum[BACKEND] in (config.backend, *config.backend_per_kind.values())
 
 
 def _wrap_classmethod(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

@@ -26,8 +26,8 @@ class ZipVLConfig:
         min_tokens: Contexts shorter than this prefill densely.
         interval: Number of tokens decoded between two compressions of the tail.
         residual: Number of newest tokens that stay dense.
-        max_kept: Upper bound of the share kept at `high_bits`, mean over layers. Affects
-            the cache only.
+        max_kept: Upper bound of the share of a prompt kept at `high_bits`, mean over layers.
+            Affects the cache only.
         seed: Seed of the random probes.
         sparse_prefill: Whether prefill attention runs on the kept tokens alone.
         compress: Whether the cache is compressed after the prompt and during decode.
@@ -73,6 +73,8 @@ class ZipVLConfig:
         for name in ("sparse_prefill", "compress"):
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, getattr(self, name), "true or false")
+        if not (self.sparse_prefill or self.compress):
+            self._fail("compress", False, "true where zipvl.sparse_prefill is false")
         self._check_choice("prefix_sharing", self.prefix_sharing, PREFIX_SHARING)
 
     @classmethod

@@ -101,11 +101,19 @@ def test_a_prompt_too_short_to_be_compressed_is_not_probed() -> None:
     assert not selector._prompts
 
 
+def test_a_cap_below_tau_1_keeps_what_carries_the_attention() -> None:
+    prompt = Prompt()
+    selector = make_selector(ratio=None, tau=1.0, max_kept=NUM_PLANTED / NUM_TOKENS)
+    expected = prompt.planted.clone()
+    expected[:, -RECENT:] = True
+    assert torch.equal(prompt.masks(selector), expected)
+
+
 @pytest.mark.parametrize("max_kept", [0.01, 0.2, 0.9])
 def test_the_reserve_covers_what_a_cap_lets_through(max_kept: float) -> None:
     selector = make_selector(max_kept=max_kept, ratio=1.0)
     masks = Prompt().masks(selector)
-    rules, end = selector.rules, selector.rules.prompt_end(NUM_TOKENS)
+    rules, end = selector.rules, selector.rules.compressible_end(NUM_TOKENS)
     kept = masks[:, :end].sum(1).tolist()
     geometry = rules.geometry
     pages = sum(geometry.num_pages(k, 4) + geometry.num_pages(end - k, 2) for k in kept)

@@ -202,6 +202,12 @@ class TestEngine:
         message = refusal(engine_config(attention_config={"backend_per_kind": per_kind}))
         assert "TRITON_ATTN for full_attention beside it" in message
 
+    def test_one_kind_alone(self, engine_config: EngineConfig) -> None:
+        per_kind = {"full_attention": "ZIPVL"}
+        message = "some kinds of layers alone; set --attention-backend zipvl"
+        with pytest.raises(ValueError, match=message):
+            engine_config(attention_config={"backend_per_kind": per_kind})
+
     def test_cache_dtype(self, engine_config: EngineConfig) -> None:
         message = refusal(engine_config(kv_cache_dtype="fp8"))
         assert "a KV cache of fp8; set --kv-cache-dtype auto" in message

@@ -678,7 +678,7 @@ class PretendEngine:
         manager = self.manager
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not any(block.ref_cnt for block in self.pool.blocks[1:])
-        assert not (manager.heaps or manager.awaiting or manager.unreported or manager.new_slots)
+        assert not (manager.heaps or manager.awaiting or manager.unreported or manager._new_slots)
         assert not any(manager.req_to_blocks.values())
         assert len(manager._free_slots) == manager._num_slots
         assert not self.planner._dense_requests

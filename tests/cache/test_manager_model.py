@@ -28,10 +28,16 @@ RACES = {
 }
 
 SETTINGS = st.builds(
-    lambda bits, **rest: {"high_bits": bits[0], "low_bits": bits[1], **rest},
+    lambda bits, halves, **rest: {
+        "high_bits": bits[0],
+        "low_bits": bits[1],
+        "compress": halves[0],
+        "sparse_prefill": halves[1],
+        **rest,
+    },
     bits=st.sampled_from(BITS),
-    compress=st.sampled_from([True, True, True, False]),
-    sparse_prefill=st.booleans(),
+    # Compression and sparse prefill; without either there is nothing to do.
+    halves=st.sampled_from([(True, True), (True, False), (True, True), (False, True)]),
     min_tokens=st.just(MIN_TOKENS),
     max_kept=st.sampled_from([1.0, 0.3]),
     residual=st.sampled_from([0, 32]),

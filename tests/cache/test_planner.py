@@ -3,8 +3,10 @@
 import copy
 from typing import Any
 
+import pytest
 from pretend_engine import Base, Case, PretendEngine
 
+from vllm_zipvl.cache.manager import MAX_WAITS, HeapState
 from vllm_zipvl.cache.messages import CompressionReport, StepPlan, StepReport
 
 BLOCK_SIZE = 16
@@ -147,9 +149,16 @@ def test_with_compress_off_nothing_is_reserved_or_planned(base: Base) -> None:
         finish_step(engine)
 
 
-def test_a_request_for_prompt_logprobs_is_planned_densely(base: Base) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [{"prompt_logprobs": 0}, {"prompt_logprob_token_ids": [3, 4]}],
+    ids=lambda a: next(iter(a)),
+)
+def test_a_request_for_prompt_logprobs_is_planned_densely(base: Base, asked: dict) -> None:
     engine = make_engine(base)
-    with_logprobs = engine.add(prompt(100), max_tokens=2, prompt_logprobs=True)
+    with_logprobs = engine.add(prompt(100), max_tokens=2)
+    for name, value in asked.items():
+        setattr(engine.scheduler.requests[with_logprobs].sampling_params, name, value)
     engine.add(prompt(90), max_tokens=2)
     rows = {chunk.request_id: chunk.attends_densely for chunk in step(engine).chunks}
     assert rows.pop(with_logprobs)
@@ -185,3 +194,49 @@ def test_a_decode_step_is_planned_only_where_something_changes(base: Base) -> No
     named = [i for i, plan in enumerate(plans) if plan.slot_of_block]
     assert named == [0, 1, 2, 16, 32, 47, 48]
     assert [i for i, plan in enumerate(plans) if plan.compressions] == [1, 47]
+
+
+@pytest.mark.parametrize(
+    ("settings", "compressed_at"), [({"compress": False}, []), ({"interval": 2}, [1, 15, 31])]
+)
+def test_nothing_is_planned_while_nothing_can_be_due(
+    base: Base, settings: dict, compressed_at: list[int]
+) -> None:
+    engine = make_engine(base, **settings)
+    request_id = engine.add(prompt(97), max_tokens=40)
+    plans = []
+    while request_id in engine.scheduler.requests:
+        plans.append(step(engine))
+        finish_step(engine)
+    assert [i for i, plan in enumerate(plans) if plan.compressions] == compressed_at
+    # The prompt, the step before and after a compression, and each new block.
+    named = {i for i, plan in enumerate(plans) if plan.slot_of_block}
+    assert named == {0, 1, 16, 32, *compressed_at, *(i + 1 for i in compressed_at)}
+
+
+def test_waiting_for_a_report_ends(base: Base) -> None:
+    """Another compression is always under way, and none of them gives back enough."""
+    engine = make_engine(base)
+    engine.manager.unreported[-1] = HeapState()
+    connector = engine.scheduler.connector
+    for _ in range(MAX_WAITS):
+        assert connector.has_pending_block_frees()
+        step(engine)
+    assert not connector.has_pending_block_frees()
+    assert not connector.has_pending_block_frees(), "until it is served, in the same step"
+    step(engine)
+    assert connector.has_pending_block_frees(), "the next one may wait again"
+
+
+def test_shared_blocks_do_not_count_as_freed(base: Base) -> None:
+    engine = make_engine(base)
+    # Otherwise the scheduler takes them with every output.
+    engine.planner.take_stats = lambda: None
+    for _ in range(2):
+        engine.add(prompt(100), max_tokens=20)
+    for _ in range(2):
+        step(engine)
+        finish_step(engine)
+    data = engine.planner._stats.data
+    assert (data["prompts"], data["prompt_tokens"]) == (2, 2 * 64)
+    assert data["blocks_freed"] == 64 // BLOCK_SIZE, "both held the same ones"

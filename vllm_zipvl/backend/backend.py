@@ -8,9 +8,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, replace_as
 
 from vllm_zipvl.backend.impl import ZipVLAttentionImpl
 from vllm_zipvl.backend.metadata import ZipVLMetadataBuilder
-from vllm_zipvl.backend.requirements import check_spec
+from vllm_zipvl.backend.requirements import BLOCK_MULTIPLE, check_spec
 from vllm_zipvl.cache.spec import ZipVLSpec
-from vllm_zipvl.core.geometry import PAGE_TOKENS
 
 
 class ZipVLAttentionBackend(AttentionBackend):
@@ -38,7 +37,7 @@ class ZipVLAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(2 * PAGE_TOKENS)]
+        return [MultipleOf(BLOCK_MULTIPLE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

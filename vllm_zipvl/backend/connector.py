@@ -174,9 +174,6 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
 
-    def reset_cache(self) -> bool | None:
-        return True
-
     # Metrics.
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

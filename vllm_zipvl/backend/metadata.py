@@ -55,16 +55,12 @@ class ZipVLMetadata(AttentionMetadata):
         query_start_loc: int32 [num_rows + 1].
         seq_lens: int32 [num_rows], tokens of each row after this step.
         block_table: int32 [num_rows, max_blocks].
-        slot_mapping: int64 [num_tokens].
-        num_actual_tokens: Tokens without padding.
         batch: The rows by kind; resolved by the first layer, when the plan is bound.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    slot_mapping: torch.Tensor
-    num_actual_tokens: int
     batch: Batch | None = None
 
     def resolve(self, worker: ZipVLWorker, block_size: int) -> Batch:
@@ -141,6 +137,4 @@ class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):
             query_start_loc=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
-            slot_mapping=common_attn_metadata.slot_mapping,
-            num_actual_tokens=common_attn_metadata.num_actual_tokens,
         )

@@ -25,7 +25,9 @@ class StepPlanner:
         """A waiting or preempted request starts: all tokens known now are its prompt."""
         self.manager.admit(request.request_id, request.num_tokens)
         params = request.sampling_params
-        if params is not None and params.prompt_logprobs is not None:
+        if params is not None and (
+            params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+        ):
             # Sparse prefill leaves no attention output for the tokens that are not kept.
             self._dense_requests.add(request.request_id)
 
@@ -35,6 +37,7 @@ class StepPlanner:
     def plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """The plan of the step that the scheduler just put together."""
         manager = self.manager
+        manager.end_schedule()
         plan = StepPlan(new_slots=manager.take_new_slots())
         # Prompts completed in an earlier step, so that their first token did not wait.
         for request_id in list(manager.awaiting):
@@ -80,14 +83,15 @@ class StepPlanner:
         manager = self.manager
         geometry = manager.geometry
         for plan_id, compression in report.compressions.items():
-            plan = manager.confirm(plan_id, compression)
-            if plan is None:
+            confirmed = manager.confirm(plan_id, compression)
+            if confirmed is None:
                 continue
+            plan, num_freed = confirmed
             num_used = geometry.num_blocks(compression.num_pages)
             self._stats.record(
                 plan,
                 compression,
-                num_freed=plan.num_freed_blocks(geometry.block_size),
+                num_freed=num_freed,
                 num_used=num_used - geometry.num_blocks(plan.first_page),
             )
 

@@ -29,6 +29,8 @@ class PromptState:
         chunk: The newest chunk.
         random_positions: Random probes of the earlier chunks.
         random_mass: Per layer, their attention mass, float32 [tokens so far].
+        num_visible: How many probes may see each token, float32 [end of the newest chunk]; None
+            until a layer needs it.
         selections: Per layer, the selection of the last chunk.
         waiting: Per layer that attended densely, the last chunk's probes.
     """
@@ -36,6 +38,7 @@ class PromptState:
     chunk: ChunkPlan
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
+    num_visible: torch.Tensor | None = None
     selections: dict[int, Selection] = field(default_factory=dict)
     waiting: dict[int, ProbeQueries] = field(default_factory=dict)
 
@@ -63,11 +66,13 @@ class PromptSelector:
         )
 
     @property
-    def _keeps_all(self) -> bool:
-        return self.config.ratio is None and self.config.tau == 1
+    def _needs_no_scores(self) -> bool:
+        config = self.config
+        is_capped = config.compress and config.max_kept < 1
+        return config.ratio is None and config.tau == 1 and not is_capped
 
     def _is_compressed_after(self, chunk: ChunkPlan) -> bool:
-        return chunk.ends_prompt and self.rules.prompt_end(chunk.end) > 0
+        return chunk.ends_prompt and self.rules.compressible_end(chunk.end) > 0
 
     def _probes(self, chunk: ChunkPlan) -> Probes:
         config = self.config
@@ -93,15 +98,18 @@ class PromptSelector:
         is_sparse, is_compressed = self.attends_sparsely(chunk), self._is_compressed_after(chunk)
         if chunk.ends_prompt and not is_sparse and not is_compressed:
             return None
+        if chunk.attends_densely and not self.config.compress:
+            return None
         prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
-        prompt.chunk = chunk
+        if prompt.chunk is not chunk:
+            prompt.chunk, prompt.num_visible = chunk, None
         positions = np.concatenate(self._probes(chunk)) - chunk.start
         probes = ProbeQueries(query[torch.from_numpy(positions).to(query.device)], scale)
         if chunk.ends_prompt and not is_sparse:
             prompt.waiting[layer] = probes
             return None
         if not is_sparse:
-            if not self._keeps_all:
+            if not self._needs_no_scores:
                 self._accumulate_mass(prompt, layer, probes, key)
             return None
         selection = self._choose(prompt, layer, probes, key)
@@ -114,14 +122,16 @@ class PromptSelector:
     ) -> Selection:
         """Select among the context of a prompt's newest chunk."""
         end = prompt.chunk.end
-        if self._keeps_all:
+        if self._needs_no_scores:
             kept = torch.ones(end, dtype=torch.bool, device=key.device)
             return Selection(kept, kept.float(), end)
         mass = self._accumulate_mass(prompt, layer, probes, key)
         random, recent = self._probes(prompt.chunk)
-        positions = np.concatenate([prompt.random_positions, random, recent])
-        visible = torch.from_numpy(num_visible_probes(positions, end))
-        return select(mass, visible.to(mass.device), len(recent), self.config)
+        if prompt.num_visible is None:
+            positions = np.concatenate([prompt.random_positions, random, recent])
+            visible = torch.from_numpy(num_visible_probes(positions, end))
+            prompt.num_visible = visible.to(mass.device, mass.dtype)
+        return select(mass, prompt.num_visible, len(recent), self.config)
 
     def _accumulate_mass(
         self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
@@ -132,10 +142,11 @@ class PromptSelector:
         positions = positions.to(key.device)
         mass = probe_scores(probes.queries, positions, len(random_positions), key, probes.scale)
         random, recent = self._sum_over_ranks(torch.stack(mass))
-        earlier = prompt.random_mass.get(layer)
+        earlier = prompt.random_mass.pop(layer, None)
         if earlier is not None:
             random[: earlier.shape[0]] += earlier
-        prompt.random_mass[layer] = random
+        if not prompt.chunk.ends_prompt:
+            prompt.random_mass[layer] = random
         return random + recent
 
     def finish_chunk(self, chunk: ChunkPlan) -> None:

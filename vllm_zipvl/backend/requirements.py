@@ -67,6 +67,12 @@ def _other_backend(cfg: VllmConfig) -> str | None:
     return None
 
 
+def _is_for_some_layers(cfg: VllmConfig) -> bool:
+    names = {backend.name for backend in cfg.attention_config.backend_per_kind.values()}
+    backend = cfg.attention_config.backend
+    return BACKEND in names and (backend is None or backend.name != BACKEND)
+
+
 def _quantised_cache(cfg: VllmConfig) -> str | None:
     # vLLM has by now resolved the "auto" of a ModelOpt checkpoint. That of compressed-tensors
     # is resolved by each layer, from a field that only this quantisation has.
@@ -89,6 +95,7 @@ ENGINE_RULES = (
     Rule(lambda cfg: cfg.speculative_config, "speculative decoding", "remove --speculative-config"),
     Rule(_other_connector, "another KV connector ({})", "remove --kv-transfer-config"),
     Rule(lambda cfg: cfg.ec_transfer_config, "EC connectors", "remove --ec-transfer-config"),
+    Rule(_is_for_some_layers, "some kinds of layers alone", "set --attention-backend zipvl"),
     Rule(_other_backend, "{} beside it", "remove it from attention_config.backend_per_kind"),
     Rule(
         _quantised_cache,

@@ -1,4 +1,4 @@
-"""What happens once, in the parent process, when an engine selects the backend."""
+"""What happens when the configuration of an engine that selects the backend is completed."""
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -24,7 +24,7 @@ def validate(vllm_config: VllmConfig) -> ZipVLConfig:
 
 def announce(vllm_config: VllmConfig, config: ZipVLConfig) -> None:
     """Log once what is active."""
-    logger.info_once("%s", describe(vllm_config, config))
+    logger.info("%s", describe(vllm_config, config))
 
 
 def describe(vllm_config: VllmConfig, config: ZipVLConfig) -> str:
@@ -43,7 +43,7 @@ def describe(vllm_config: VllmConfig, config: ZipVLConfig) -> str:
     prefill = (
         f"sparse prefill from {config.min_tokens} tokens"
         if config.sparse_prefill
-        else ("dense prefill")
+        else "dense prefill"
     )
     if not config.compress:
         return f"zipvl: {rule}, {prefill}, cache not compressed"

@@ -83,7 +83,7 @@ class ZipVLWorker:
         )
 
     def warm_up(self) -> None:
-        """Run every operation on next to nothing, as their kernels compile on first use."""
+        """Run the operations whose kernels compile on first use, on next to nothing."""
         assert self.heap is not None
         kv_cache = self._kv_caches[0]
         zero = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
@@ -125,7 +125,6 @@ class ZipVLWorker:
         for slot in plan.new_slots:
             self.heap.reset(slot)
             self.prompts.forget(slot)
-            self._tail_probes.pop(slot, None)
         self.chunk_of_block = {chunk.last_block_id: chunk for chunk in plan.chunks}
         self.slots_with_tail_due = {c.slot for c in plan.compressions if not c.is_prompt}
         if plan.slot_of_block:
@@ -136,6 +135,7 @@ class ZipVLWorker:
         self.plan = None
         self.chunk_of_block = {}
         self.slots_with_tail_due = set()
+        self._tail_probes = {}
 
     # During the forward pass.
 
@@ -175,7 +175,7 @@ class ZipVLWorker:
         return gather_kv(kv_cache, block_ids, 0, end - plan.start)
 
     def _kept_of_tail(self, plan: CompressionPlan) -> list[torch.Tensor]:
-        probes = self._tail_probes.pop(plan.slot)
+        probes = self._tail_probes[plan.slot]
         return [self._kept_of_tail_layer(plan, layer, probes[layer]) for layer in self._layers()]
 
     def _kept_of_tail_layer(

@@ -23,8 +23,8 @@ def compress(
     """
     cursor = PageCursor(plan.heap_block_ids, plan.first_page, heap.geometry.pages_per_block)
     num_tokens = plan.end - plan.start
+    block_ids = torch.tensor(plan.dense_block_ids, device=heap.memory.device)
     for layer, (mask, kv_cache) in enumerate(zip(kept, kv_caches, strict=True)):
-        block_ids = torch.tensor(plan.dense_block_ids, device=kv_cache.device)
         kv = gather_kv(kv_cache, block_ids, 0, num_tokens)
         if plan.start == 0:
             heap.set_key_norm(layer, plan.slot, kv.chunk(2, dim=-1)[0])

@@ -110,7 +110,11 @@ class PageHeap:
         else:
             table[width - num_after : width - num_held] = new_ids.flip(0)
         first = before // capacity
-        ids = table[first:num_after] if precision == 0 else table.flip(0)[first:num_after]
+        ids = (
+            table[first:num_after]
+            if precision == 0
+            else table[width - num_after : width - first].flip(0)
+        )
         norm = KeyNorm(*self.key_norms[layer, slot])
         write_pages(kv, self.memory, ids, before - first * capacity, bits, self.geometry, norm)
         counts[precision] = before + num_new

@@ -2,8 +2,9 @@
 
 A request's heap blocks are private to it and stay out of its block table. They are taken with
 the prompt, chunk by chunk, as an upper bound of what compressing it can need, so that
-admission counts them and compression never waits for memory. What a compression freed or left
-unused goes back only after the workers reported that very compression.
+admission counts them and compressing a prompt never waits for memory; a tail's are taken when
+its compression is due. What a compression freed or left unused goes back only after the workers
+reported that very compression.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from vllm.v1.request import Request
 from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
 from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec
 from vllm_zipvl.core.geometry import PageGeometry, cdiv
+
+MAX_WAITS = 4
+"""Steps in a row that wait for a compression: planned in the next step, reported within three."""
 
 
 @dataclass
@@ -62,8 +66,11 @@ class ZipVLManager(FullAttentionManager):
         # By plan id, the requests whose compression was planned and not reported yet.
         self.unreported: dict[int, HeapState] = {}
         # Slots that got a new owner since the last step was planned.
-        self.new_slots: list[int] = []
+        self._new_slots: list[int] = []
         self._free_slots: list[int] = []
+        # Steps in a row that waited for a compression, and whether this one did.
+        self._num_waits = 0
+        self._waits = False
         self._num_slots = 0
         self._plan_ids = count()
 
@@ -172,11 +179,11 @@ class ZipVLManager(FullAttentionManager):
             self._free_slots.append(self._num_slots)
             self._num_slots += 1
         state.slot = self._free_slots.pop()
-        self.new_slots.append(state.slot)
+        self._new_slots.append(state.slot)
 
     def take_new_slots(self) -> list[int]:
         """Drain the slots that got a new owner."""
-        slots, self.new_slots = self.new_slots, []
+        slots, self._new_slots = self._new_slots, []
         return slots
 
     def _interval_end(self, state: HeapState, num_tokens: int) -> int | None:
@@ -188,7 +195,7 @@ class ZipVLManager(FullAttentionManager):
         """The step being planned completes the prompt with `num_tokens` in all."""
         state = self.heaps[request_id]
         state.prompt_end = num_tokens
-        if self.rules.prompt_end(num_tokens):
+        if self.rules.compressible_end(num_tokens):
             self.awaiting[request_id] = state
         else:
             state.prompt_is_compressed = True
@@ -197,7 +204,7 @@ class ZipVLManager(FullAttentionManager):
         """Plan the compression of a complete prompt."""
         state = self.awaiting.pop(request_id)
         assert state.prompt_end is not None
-        end = self.rules.prompt_end(state.prompt_end)
+        end = self.rules.compressible_end(state.prompt_end)
         return self._plan(request_id, state, end, state.prompt_end, is_prompt=True)
 
     def plan_interval(self, request_id: str, num_tokens: int) -> CompressionPlan | None:
@@ -239,8 +246,13 @@ class ZipVLManager(FullAttentionManager):
         self.unreported[state.pending.plan_id] = state
         return state.pending
 
-    def confirm(self, plan_id: int, report: CompressionReport) -> CompressionPlan | None:
-        """Take over a report; None if the request was freed since the plan."""
+    def confirm(
+        self, plan_id: int, report: CompressionReport
+    ) -> tuple[CompressionPlan, int] | None:
+        """Take over a report: its plan, and how many dense blocks nobody holds any more.
+
+        None if the request was freed since the plan.
+        """
         state = self.unreported.pop(plan_id, None)
         if state is None:
             return None
@@ -253,13 +265,26 @@ class ZipVLManager(FullAttentionManager):
         state.pending = None
         state.quiet_until = 0
         # No step reads these dense blocks any more: the workers read pages since the report.
-        self._remove_blocks_in_range(plan.request_id, 0, plan.end // self.block_size)
+        first, last = plan.start // self.block_size, plan.end // self.block_size
+        moved = self.req_to_blocks[plan.request_id][first:last]
+        num_freed = sum(block.ref_cnt == 1 for block in moved)
+        self._remove_blocks_in_range(plan.request_id, 0, last)
         self._free_unused_reserve(state)
-        return plan
+        return plan, num_freed
 
     def frees_soon(self) -> bool:
-        """Whether a compression under way will give blocks back."""
-        return bool(self.awaiting or self.unreported)
+        """Whether to wait for a compression under way, which may give blocks back.
+
+        Not for ever: requests that fit into what is free are admitted meanwhile, and bring
+        compressions of their own.
+        """
+        self._waits = self._num_waits < MAX_WAITS and bool(self.awaiting or self.unreported)
+        return self._waits
+
+    def end_schedule(self) -> None:
+        """The scheduler has put a step together."""
+        self._num_waits = self._num_waits + 1 if self._waits else 0
+        self._waits = False
 
     def last_block_id(self, request_id: str, num_tokens: int) -> int:
         """The dense block of the last of `num_tokens` tokens."""

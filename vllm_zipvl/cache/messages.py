@@ -61,10 +61,6 @@ class CompressionPlan:
     heap_block_ids: list[int]
     first_page: int
 
-    def num_freed_blocks(self, block_size: int) -> int:
-        """Dense blocks that nobody needs any more once the tokens have moved."""
-        return (self.end - self.start) // block_size
-
 
 @dataclass
 class StepPlan(KVConnectorMetadata):

@@ -1,6 +1,7 @@
 """The KV cache spec of a layer, and what follows from it and the settings."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
@@ -20,10 +21,10 @@ class ZipVLSpec(AttentionSpec):
     """
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of this layer for one request of `max_model_len`: its blocks and its reserve."""
+        """Bytes of this layer for one request of `max_model_len`: its blocks and its heap."""
         max_len = vllm_config.model_config.max_model_len
         rules = CacheRules.of(self, vllm_config)
-        num_blocks = cdiv(max_len, self.block_size) + rules.num_reserved_blocks(max_len)
+        num_blocks = cdiv(max_len, self.block_size) + rules.max_heap_blocks(max_len)
         return num_blocks * self.page_size_bytes
 
 
@@ -49,28 +50,35 @@ class CacheRules:
         )
         return cls(config, geometry)
 
-    def prompt_end(self, num_tokens: int) -> int:
-        """Tokens [0, end) of a prompt that are compressed once it is complete."""
+    def compressible_end(self, num_tokens: int) -> int:
+        """Tokens [0, end) of a context that may be in pages."""
         if not self.config.compress:
             return 0
         return num_compressible(num_tokens, self.config.residual, self.geometry.block_size)
 
     def interval_due(self, compressed_len: int) -> int:
         """Tokens from which on a compression of the tail is due."""
-        return compressed_len + self.config.residual + self.config.interval
+        if not self.config.compress:
+            return sys.maxsize
+        # Whole blocks are compressed, and `compressed_len` is whole blocks.
+        interval = max(self.config.interval, self.geometry.block_size)
+        return compressed_len + self.config.residual + interval
 
     def interval_end(self, compressed_len: int, num_tokens: int) -> int | None:
         """Where the next compression of the tail ends, or None if none is due."""
         if num_tokens < self.interval_due(compressed_len):
             return None
-        end = self.prompt_end(num_tokens)
-        return end if end > compressed_len else None
+        return self.compressible_end(num_tokens)
 
     def num_reserved_pages(self, num_prompt_tokens: int) -> int:
         """Upper bound of the pages that compressing a prompt takes, over all layers."""
         max_kept = math.floor(self.config.max_kept * num_prompt_tokens)
         max_high = max_kept + self.config.probe_recent
-        return self.geometry.max_new_pages(self.prompt_end(num_prompt_tokens), max_high)
+        return self.geometry.max_new_pages(self.compressible_end(num_prompt_tokens), max_high)
 
-    def num_reserved_blocks(self, num_prompt_tokens: int) -> int:
-        return self.geometry.num_blocks(self.num_reserved_pages(num_prompt_tokens))
+    def max_heap_blocks(self, num_tokens: int) -> int:
+        """Upper bound of the heap blocks of a request, whatever part of it is its prompt."""
+        end = self.compressible_end(num_tokens)
+        # `max_kept` bounds what is kept of a prompt; of a tail all may be kept.
+        num_pages = self.geometry.max_new_pages(end, max_high=end)
+        return self.geometry.num_blocks(max(num_pages, self.num_reserved_pages(num_tokens)))
