@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +14,11 @@ from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, hadamard, rotate
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention, reference
 from vllm_zipvl.ops.dense_blocks import store_kv
+from vllm_zipvl.ops.lazy import numba_module
 from vllm_zipvl.ops.page_codec import read_pages, write_pages
 
+cpu = numba_module("vllm_zipvl.ops.decode_attention.cpu")
+BOTH = pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
 BLOCK_SIZE, NUM_LAYERS, LAYER = 16, 2, 1
 PAIRS = [(h, low) for h in (16, 8, 4) for low in (16, 8, 4, 2, 0) if low <= h]
 
@@ -199,14 +203,100 @@ def test_long_context_of_one_row_is_split() -> None:
     check(4, geometry, torch.float32, (Row(1000, 2000, 300),))
 
 
-def test_a_row_without_context_is_harmless() -> None:
+@pytest.mark.parametrize("bits", [(4, 2), (16, 0)], ids=str)
+def test_splits_of_several_rows_and_heads(
+    bits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = cpu._shape
+    forced = {"num_splits": 3, "heads_per_item": 2}
+    monkeypatch.setattr(cpu, "_shape", lambda *args: original(*args)._replace(**forced))
+    check(9, PageGeometry(NUM_LAYERS, 3, 64, 4, BLOCK_SIZE, *bits), torch.float32, ROWS[1:4])
+
+
+def test_only_long_contexts_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, original, shapes = (
+        PageGeometry(NUM_LAYERS, 1, 64, 4, BLOCK_SIZE, 4, 2),
+        cpu._shape,
+        [],
+    )
+    monkeypatch.setattr(cpu, "_shape", lambda *args: shapes.append(original(*args)) or shapes[-1])
+    for kept in (7, 1900, 2100):
+        check(4, geometry, torch.float32, (Row(kept, 0, 20),))
+    assert [shape.num_splits for shape in shapes] == [1, 1, 2]
+
+
+@BOTH
+def test_a_row_without_context_is_harmless(implementation: ModuleType) -> None:
     geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, 4, 2)
     case = make_case(geometry, torch.bfloat16, (Row(7, 9, 20),))
     case.context.page_counts.zero_()
     rows = case.rows._replace(context_lens=case.rows.tail_starts)
     out = torch.full((1, 4, 64), torch.nan).bfloat16()
-    decode_attention(torch.randn(1, 4, 64).bfloat16(), case.context, rows, 1.0, out)
+    query = torch.randn(1, 4, 64).bfloat16()
+    lse = implementation.decode_attention(query, case.context, rows, 1.0, out)
     assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+@BOTH
+def test_no_rows(implementation: ModuleType) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, 4, 2)
+    case = make_case(geometry, torch.bfloat16, (Row(7, 9, 20),))
+    rows, query = DecodeRows(*(column[:0] for column in case.rows)), torch.empty(0, 4, 64)
+    lse = implementation.decode_attention(query, case.context, rows, 1.0, query)
+    assert lse.shape == (0, 4)
+    assert lse.dtype == torch.float32
+
+
+@BOTH
+def test_counts_of_evicted_tokens_are_ignored(implementation: ModuleType) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, 4, 0)
+    case = make_case(geometry, torch.bfloat16, (Row(7, 9, 20),))
+    query = torch.randn(1, 4, 64).bfloat16()
+    out, same = torch.empty_like(query), torch.empty_like(query)
+    implementation.decode_attention(query, case.context, case.rows, 0.1, out)
+    case.context.page_counts[:, 1] = 9
+    implementation.decode_attention(query, case.context, case.rows, 0.1, same)
+    assert torch.equal(same, out)
+
+
+@BOTH
+@pytest.mark.parametrize("token", [0, 20, 39])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_key_that_is_not_finite_shows(
+    value: float, token: int, implementation: ModuleType
+) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 1, 64, 4, BLOCK_SIZE, 4, 2)
+    case = make_case(geometry, torch.float32, (Row(7, 9, 40),))
+    block = case.context.block_table[0, 1 + token // BLOCK_SIZE]
+    case.context.kv_cache[block, 0, token % BLOCK_SIZE, 3] = value
+    query = torch.rand(1, 4, 64)
+    out = torch.zeros_like(query)
+    lse = implementation.decode_attention(query, case.context, case.rows, 0.1, out)
+    assert out.isnan().all()
+    assert not lse.isfinite().any()
+    assert not (lse == -torch.inf).any()
+
+
+@BOTH
+@pytest.mark.parametrize("bits", [(4, 2), (16, 0)], ids=str)
+def test_a_query_that_is_nan_shows(bits: tuple[int, int], implementation: ModuleType) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 1, 64, 4, BLOCK_SIZE, *bits)
+    case = make_case(geometry, torch.float32, (Row(7, 9, 40),))
+    query = torch.rand(1, 4, 64)
+    query[0, 1, 5] = torch.nan
+    out = torch.zeros_like(query)
+    lse = implementation.decode_attention(query, case.context, case.rows, 0.1, out)
+    assert out[0].isnan().all(dim=1).tolist() == [False, True, False, False]
+    assert lse[0].isnan().tolist() == [False, True, False, False]
+
+
+def test_heads_must_share_kv_heads_evenly() -> None:
+    geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, 4, 2)
+    case = make_case(geometry, torch.bfloat16, (Row(7, 9, 20),))
+    query = torch.randn(1, 3, 64).bfloat16()
+    with pytest.raises(ValueError, match="num_heads 3 must be a multiple of num_kv_heads 2"):
+        decode_attention(query, case.context, case.rows, 1.0, torch.empty_like(query))
 
 
 def test_rows_do_not_touch_each_other() -> None:
@@ -221,10 +311,32 @@ def test_rows_do_not_touch_each_other() -> None:
     assert torch.equal(shuffled, out[order])
 
 
+WITHOUT_AVX512 = """
+import sys
+from numba.core.registry import cpu_target
+from vllm_zipvl.ops.decode_attention.cpu_vectors import HAS_LOOKUP
+
+assert "+avx512f" not in cpu_target.target_context.codegen().magic_tuple()[2]
+assert not HAS_LOOKUP
+if sys.argv[1:]:
+    import pytest
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def run_without_avx512(environment: dict[str, str], *arguments: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_AVX512, *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_machine_without_avx512(tmp_path: Path) -> None:
-    """The same kernels compiled for another machine, which numba caches by itself."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CACHE_DIR": str(tmp_path)}
-    this_test = f"{__file__}::test_all_bit_pairs"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this_test]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    """The same kernels compiled for another machine; its name alone keeps this one's features."""
+    features = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.2"
+    haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    cached = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run_without_avx512(haswell | cached, f"{__file__}::test_all_bit_pairs")
+
+
+def test_the_lookup_heeds_what_numba_leaves_out() -> None:
+    run_without_avx512({"NUMBA_ENABLE_AVX": "0"})

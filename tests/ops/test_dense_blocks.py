@@ -1,8 +1,13 @@
+from types import ModuleType
+
 import pytest
 import torch
 
-from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
+from vllm_zipvl.ops.dense_blocks import reference
+from vllm_zipvl.ops.lazy import numba_module
 
+cpu = numba_module("vllm_zipvl.ops.dense_blocks.cpu")
+BOTH = pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
 BLOCK_SIZE, NUM_LAYERS, LAYER = 16, 3, 1
 
 
@@ -11,30 +16,35 @@ def make_cache(num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((num_blocks, NUM_LAYERS, 4, BLOCK_SIZE, 32), torch.nan, dtype=dtype)
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 63, 111, 1000])
-def test_gather_gives_back_what_was_stored(num_tokens: int, dtype: torch.dtype) -> None:
+def test_gather_gives_back_what_was_stored(
+    num_tokens: int, dtype: torch.dtype, implementation: ModuleType
+) -> None:
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     cache = make_cache(num_blocks + 5, dtype)
     block_ids = torch.randperm(num_blocks + 5)[:num_blocks]
     key, value = torch.randn(2, num_tokens + 3, 4, 16).to(dtype)
     slots = (block_ids[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:num_tokens]
-    store_kv(key, value, cache[:, LAYER], slots)
+    implementation.store_kv(key, value, cache[:, LAYER], slots)
     expected = torch.cat([key, value], dim=-1)[:num_tokens]
     for start, end in (
         (0, num_tokens),
         (num_tokens // 2, num_tokens),
         (num_tokens // 3, num_tokens - 1),
     ):
-        found = gather_kv(cache[:, LAYER], block_ids.int(), start, end)
+        found = implementation.gather_kv(cache[:, LAYER], block_ids.int(), start, end)
         assert found.is_contiguous()
         assert torch.equal(found, expected[start:end])
 
 
-def test_nothing_else_is_written() -> None:
+@BOTH
+def test_nothing_else_is_written(implementation: ModuleType) -> None:
     cache = make_cache(4, torch.float32)
     key, value = torch.randn(2, 5, 4, 16)
-    store_kv(key, value, cache[:, LAYER], torch.tensor([40, -1, 3, -1, 17]))
+    slots = torch.tensor([40, -1, 3, -1, 17])
+    implementation.store_kv(key, value, cache[:, LAYER], slots)
     written = ~cache.isnan()
     assert written.sum() == 3 * 4 * 32
     for token, slot in ((0, 40), (2, 3), (4, 17)):
@@ -42,8 +52,11 @@ def test_nothing_else_is_written() -> None:
         assert torch.equal(stored, torch.cat([key[token], value[token]], dim=-1))
 
 
-def test_no_tokens() -> None:
+@BOTH
+def test_no_tokens(implementation: ModuleType) -> None:
     cache = make_cache(2, torch.float32)
-    store_kv(torch.randn(2, 4, 16), torch.randn(2, 4, 16), cache[:, 0], torch.empty(0).long())
+    key, value = torch.randn(2, 2, 4, 16)
+    implementation.store_kv(key, value, cache[:, 0], torch.empty(0).long())
     assert cache.isnan().all()
-    assert gather_kv(cache[:, 0], torch.tensor([1, 0]), 16, 16).shape == (0, 4, 32)
+    none = implementation.gather_kv(cache[:, 0], torch.tensor([1, 0]), 16, 16)
+    assert none.shape == (0, 4, 32)

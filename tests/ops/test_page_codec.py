@@ -1,3 +1,5 @@
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,9 +7,20 @@ from hypothesis import strategies as st
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import clip, dequantise, pack, quantise, rotate, unpack
-from vllm_zipvl.ops.page_codec import read_pages, write_pages
+from vllm_zipvl.ops.lazy import numba_module
+from vllm_zipvl.ops.page_codec import read_pages, reference, write_pages
 
-ALL_BITS = [16, 8, 4, 2]
+cpu = numba_module("vllm_zipvl.ops.page_codec.cpu")
+CODECS = pytest.mark.parametrize(
+    ("codec", "bits"),
+    [(cpu, 8), (cpu, 4), (cpu, 2), *((reference, bits) for bits in (16, 8, 4, 2))],
+    ids=lambda x: x.__name__.split(".")[-1] if isinstance(x, ModuleType) else str(x),
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 def make_geometry(dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> PageGeometry:
@@ -37,13 +50,15 @@ def test_packing_puts_codes_a_width_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_size", [64, 80, 128])
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_pages_give_back_what_was_quantised(bits: int, head_size: int, dtype: torch.dtype) -> None:
+@CODECS
+def test_pages_give_back_what_was_quantised(
+    codec: ModuleType, bits: int, head_size: int, dtype: torch.dtype
+) -> None:
     geometry = make_geometry(dtype, head_size)
     kv = torch.randn(111, 3, 2 * head_size).to(dtype)
     page_ids = torch.randperm(40, dtype=torch.int32)[: geometry.num_pages(111, bits)]
     heap = make_heap(geometry, 40)
-    write_pages(kv, heap, page_ids, 0, bits, geometry)
+    codec.write_pages(kv, heap, page_ids, 0, bits, geometry, None)
     expected = kv.float()
     if bits != 16:
         parts = [dequantise(quantise(clip(rotate(part), bits), bits)) for part in kv.chunk(2, -1)]
@@ -52,26 +67,66 @@ def test_pages_give_back_what_was_quantised(bits: int, head_size: int, dtype: to
 
 
 @pytest.mark.parametrize("cuts", [(1,), (63,), (29, 30), (1, 2, 3, 100)], ids=str)
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_appending_equals_writing_at_once(bits: int, cuts: tuple[int, ...]) -> None:
+@CODECS
+def test_appending_equals_writing_at_once(
+    codec: ModuleType, bits: int, cuts: tuple[int, ...]
+) -> None:
     geometry = make_geometry()
     capacity = geometry.layout(bits).capacity
     kv = torch.randn(111, 3, 128).bfloat16()
     page_ids = torch.randperm(30, dtype=torch.int32)[: geometry.num_pages(111, bits)]
     whole, parts = make_heap(geometry, 30), make_heap(geometry, 30)
-    write_pages(kv, whole, page_ids, 0, bits, geometry)
+    codec.write_pages(kv, whole, page_ids, 0, bits, geometry, None)
     for start, end in zip((0, *cuts), (*cuts, 111), strict=True):
         ids = page_ids[start // capacity : geometry.num_pages(end, bits)]
-        write_pages(kv[start:end], parts, ids, start % capacity, bits, geometry)
+        codec.write_pages(kv[start:end], parts, ids, start % capacity, bits, geometry, None)
     assert torch.equal(parts, whole)
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_only_named_pages_are_written(bits: int) -> None:
+@CODECS
+def test_only_named_pages_are_written(codec: ModuleType, bits: int) -> None:
     geometry, heap = make_geometry(), make_heap(make_geometry(), 12)
     page_ids = torch.tensor([7, 2, 5])[: geometry.num_pages(9, bits)]
-    write_pages(torch.zeros(9, 3, 128).bfloat16(), heap, page_ids, 0, bits, geometry)
+    zeros = torch.zeros(9, 3, 128).bfloat16()
+    codec.write_pages(zeros, heap, page_ids, 0, bits, geometry, None)
     untouched = torch.ones(12, dtype=torch.bool)
     untouched[page_ids] = False
     assert (heap[untouched] == 255).all()
     assert not (heap[page_ids] == 255).all(dim=1).any()
+
+
+@CODECS
+def test_a_vector_with_nan_stays_nan(codec: ModuleType, bits: int) -> None:
+    geometry = make_geometry(torch.float32)
+    kv = torch.randn(9, 3, 128)
+    kv[4, 1, 50] = torch.nan
+    page_ids = torch.arange(geometry.num_pages(9, bits))
+    heap = make_heap(geometry, len(page_ids))
+    codec.write_pages(kv, heap, page_ids, 0, bits, geometry, None)
+    nan = read_pages(heap, page_ids, 9, bits, torch.float32, geometry).isnan()
+    keys = nan[..., :64].any(-1)
+    assert keys.nonzero().tolist() == [[4, 1]]
+    assert not nan[..., 64:].any()
+    assert bits == 16 or nan[4, 1, :64].all()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+def test_any_precision_has_a_codec(bits: int) -> None:
+    geometry = make_geometry()
+    kv, page_ids = torch.randn(9, 3, 128).bfloat16(), torch.arange(geometry.num_pages(9, bits))
+    heap, expected = make_heap(geometry, len(page_ids)), make_heap(geometry, len(page_ids))
+    write_pages(kv, heap, page_ids, 0, bits, geometry)
+    reference.write_pages(kv, expected, page_ids, 0, bits, geometry, None)
+    assert torch.equal(heap, expected)
+
+
+@pytest.mark.parametrize("codec", [cpu, reference], ids=["cpu", "reference"])
+def test_a_vector_with_infinity_has_no_range_at_two_bits(codec: ModuleType) -> None:
+    geometry, kv = make_geometry(torch.float32), torch.randn(9, 3, 128)
+    kv[4, 1, 50] = torch.inf
+    page_ids = torch.arange(geometry.num_pages(9, 2))
+    heap = make_heap(geometry, len(page_ids))
+    codec.write_pages(kv, heap, page_ids, 0, 2, geometry, None)
+    nan = read_pages(heap, page_ids, 9, 2, torch.float32, geometry).isnan()
+    assert nan[4, 1, :64].all()
+    assert nan.sum() == 64

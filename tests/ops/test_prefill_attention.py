@@ -1,3 +1,5 @@
+from types import ModuleType
+
 import pytest
 import torch
 import vllm._custom_ops  # noqa: F401  (loads the CPU kernel)
@@ -21,6 +23,18 @@ def eager(
     return (weights @ v).transpose(0, 1)
 
 
+def check(
+    implementation: ModuleType, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    dtype = query.dtype
+    out = implementation.prefill_attention(query, key, value, query.shape[-1] ** -0.5)
+    assert out.dtype == dtype
+    exact = eager(query, key, value, torch.float64, torch.float64)
+    same = eager(query, key, value, torch.float32, dtype).to(dtype)
+    eps = torch.finfo(dtype).eps * value.abs().max()
+    assert (out.double() - exact).abs().max() <= 3 * (same - exact).abs().max() + eps
+
+
 @pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(28, 4), (8, 8)], ids=str)
@@ -29,20 +43,41 @@ def test_matches_fp64(shape, heads, dtype, implementation) -> None:  # type: ign
     torch.manual_seed(sum(shape))
     query = torch.randn(shape[0], heads[0], 64).to(dtype)
     key, value = (torch.randn(shape[1], heads[1], 64).to(dtype) for _ in range(2))
-    out = implementation.prefill_attention(query, key, value, 0.125)
-    assert out.dtype == dtype
-    exact = eager(query, key, value, torch.float64, torch.float64)
-    same = eager(query, key, value, torch.float32, dtype).to(dtype)
-    eps = torch.finfo(dtype).eps * value.abs().max()
-    assert (out.double() - exact).abs().max() <= 3 * (same - exact).abs().max() + eps
+    check(implementation, query, key, value)
 
 
-def test_head_sizes_the_kernel_lacks_use_the_reference() -> None:
+@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+def test_slices_of_a_fused_projection(
+    head_size: int, dtype: torch.dtype, implementation: ModuleType
+) -> None:
+    torch.manual_seed(head_size)
+    fused = torch.randn(111, 8 + 2 * 2, head_size).to(dtype)
+    query, key, value = fused.split([8, 2, 2], dim=1)
+    check(implementation, query[-63:], key, value)
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
+    kv = torch.randn(num_tokens, 2, 64)
+    out = implementation.prefill_attention(torch.empty(0, 4, 64), kv, kv, 0.125)
+    assert out.shape == (0, 4, 64)
+
+
+def test_what_the_kernel_lacks_uses_the_reference() -> None:
     assert cpu.is_available(torch.empty(1, 4, 64))
     assert not cpu.is_available(torch.empty(1, 4, 48))
+    assert not cpu.is_available(torch.empty(1, 4, 64).double())
     query, kv = torch.randn(5, 4, 48), torch.randn(2, 9, 2, 48)
     expected = reference.prefill_attention(query, kv[0], kv[1], 0.2)
     assert torch.equal(prefill_attention(query, kv[0], kv[1], 0.2), expected)
+
+
+def test_heads_must_share_kv_heads_evenly() -> None:
+    with pytest.raises(ValueError, match="num_heads 3 must be a multiple of num_kv_heads 2"):
+        prefill_attention(torch.rand(1, 3, 64), torch.rand(2, 2, 64), torch.rand(2, 2, 64), 1.0)
 
 
 def test_more_queries_than_keys() -> None:

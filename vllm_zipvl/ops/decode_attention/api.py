@@ -19,7 +19,8 @@ class CachedContext(NamedTuple):
         heap: The same memory as pages, uint8 [num_pages, page_bytes], contiguous.
         page_table: int32 [num_slots, width]. Pages of kept tokens from the left, in order;
             pages of the rest from the right end, in order towards the left.
-        page_counts: int32 [num_slots, 2]: tokens in pages, kept and rest.
+        page_counts: int32 [num_slots, 2]: tokens in pages, kept and rest; the rest's count
+            is ignored where `geometry.low_bits` is 0.
         block_table: int32 [num_rows, max_blocks]: dense blocks of each row.
         geometry: Page shapes.
         key_norms: What quantised keys of each slot were normalised by, mean and scale,
@@ -62,7 +63,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attend with one query per row over pages and tail.
 
-    Scores, softmax and sums are float32.
+    Scores, softmax and sums are float32. A row without any context gives zeros and a log of
+    -inf.
 
     Args:
         query: [num_queries, num_heads, head_size].
@@ -73,5 +75,11 @@ def decode_attention(
 
     Returns:
         log of the softmax denominator per query and head, float32 [num_queries, num_heads].
+
+    Raises:
+        ValueError: Heads are not a multiple of KV heads.
     """
+    num_heads, num_kv_heads = query.shape[1], context.geometry.num_kv_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
     return _implementation(query).decode_attention(query, context, rows, scale, out)

@@ -2,10 +2,8 @@
 
 import itertools
 import math
-from functools import cache
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
 
@@ -32,6 +30,7 @@ from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     GROUPS,
     LANES,
 )
+from vllm_zipvl.ops.threads import match_num_threads
 
 if TYPE_CHECKING:
     from vllm_zipvl.ops.decode_attention.api import CachedContext, DecodeRows
@@ -40,7 +39,7 @@ _DTYPE_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16:
 _BITS_KINDS = {8: CODES8, 4: CODES4, 2: CODES2}
 _CHANNEL_STEP = 64
 _SPLIT_TOKENS = 1024
-"""Contexts are not cut into parts shorter than this."""
+"""The longest context is not cut into parts shorter than this."""
 
 
 def _page_class(geometry: PageGeometry, table: int, dtype: torch.dtype) -> TokenClass:
@@ -88,12 +87,11 @@ def _flat_bytes(kv_cache: torch.Tensor) -> torch.Tensor:
     return kv_cache.as_strided((extent,), (1,)).view(torch.uint8)
 
 
-def _shape(query: torch.Tensor, context: "CachedContext", capacity: int) -> Shape:
+def _shape(query: torch.Tensor, num_kv_heads: int, capacity: int, longest: int) -> Shape:
+    """Sizes for tiles of up to `capacity` tokens and contexts of up to `longest`."""
     num_queries, num_heads, head_size = query.shape
-    num_kv_heads = context.geometry.num_kv_heads
     queries_per_head = num_heads // num_kv_heads
     group = next((g for g in GROUPS if g >= queries_per_head), GROUPS[-1])
-    longest = context.page_table.shape[1] * capacity + context.block_table.shape[1]
     wanted = -(-4 * torch.get_num_threads() // (num_queries * num_kv_heads))
     return Shape(
         num_kv_heads=num_kv_heads,
@@ -118,21 +116,6 @@ def _record(shape: Shape) -> Record:
     return Record(*starts)
 
 
-@cache
-def _launch_threads() -> None:
-    """Start numba's threads, which share OpenMP's settings with torch: put torch's back."""
-    num_threads = torch.get_num_threads()
-    numba.get_num_threads()
-    torch.set_num_threads(num_threads)
-
-
-def _match_num_threads() -> None:
-    _launch_threads()
-    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
-
-
 def decode_attention(
     query: torch.Tensor,
     context: "CachedContext",
@@ -140,11 +123,14 @@ def decode_attention(
     scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """See `api.decode_attention`; a row without any context gives zeros and -inf."""
+    """See `api.decode_attention`."""
+    if len(query) == 0:
+        return torch.empty(query.shape[:2])
     dtype = context.kv_cache.dtype
     classes = [_page_class(context.geometry, table, dtype) for table in (KEPT, REST)]
     classes.append(_dense_class(context.kv_cache))
-    shape = _shape(query, context, max(tokens.capacity for tokens in classes))
+    capacity, longest = max(tokens.capacity for tokens in classes), int(rows.context_lens.max())
+    shape = _shape(query, context.geometry.num_kv_heads, capacity, longest)
     record = _record(shape)
     inputs = Inputs(
         queries=query.float().numpy(),
@@ -160,7 +146,7 @@ def decode_attention(
     work = torch.empty(num_records * record.size)
     result = torch.empty(query.shape)
     lse = torch.empty(query.shape[:2])
-    _match_num_threads()
+    match_num_threads()
     attend_rows(
         inputs,
         Stores(*(store.numpy() for store in stores)),

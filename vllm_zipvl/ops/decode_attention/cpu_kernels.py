@@ -373,9 +373,9 @@ def finish_rows(inputs, shape, record, work, out, lse):
                 _rotate(work, turned, shape.head_size)
             top = work[base + record.state + index] - work[base + record.offsets + index]
             total = work[base + record.state + nq + index]
-            share = np.float32(1) / total if total > 0 else np.float32(0)
+            share = np.float32(1) / total if total != 0 else np.float32(0)
             to = head * per_head + index
-            lse[row, to] = top * _LOG2 + np.float32(math.log(total)) if total > 0 else -np.inf
+            lse[row, to] = top * _LOG2 + np.float32(math.log(total)) if total != 0 else -np.inf
             for channel in range(shape.head_size):
                 value = work[_Index(plain + channel)] + work[_Index(turned + channel)]
                 out[row, to, channel] = value * share

@@ -16,8 +16,8 @@ from itertools import product
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba.core import cgutils, config, types
+from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16
@@ -34,8 +34,8 @@ _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 _SIZES = ("row", "stride", "num_tokens", "head_size")
 _FAST = ("contract", "reassoc", "nsz")
 
-HAS_LOOKUP = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f"))
-"""Whether numba compiles for this machine, and it has AVX-512."""
+HAS_LOOKUP = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+"""Whether the machine that numba compiles for has AVX-512."""
 
 Builder = ir.IRBuilder
 Value = ir.Value
@@ -297,6 +297,7 @@ def _constant(value: float) -> ir.Constant:
 
 
 def _larger(builder: Builder, a: Value, b: Value) -> Value:
+    """The larger of two; `b` if either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
@@ -314,25 +315,27 @@ def _fold(builder: Builder, combine: Callable[..., Value], vector: Value) -> Val
 
 
 def _exp2(builder: Builder, x: Value) -> Value:
-    """2^x for x at most 0, by a polynomial to 1.2e-7; 0 below 2^-64, so never denormal."""
+    """2^x for x at most 0, by a polynomial to 1.2e-7; 0 from x = -64 down, NaN where x is NaN."""
     smallest = _constant(-64.0)
-    value = _larger(builder, x, smallest)
-    whole = builder.fptosi(builder.fsub(value, _constant(0.5)), _INTS)
-    rest = builder.fsub(value, builder.sitofp(whole, _FLOATS))
+    # What is not above -64 must not reach the conversion, but need not give a power either.
+    whole = builder.fsub(_larger(builder, x, smallest), _constant(0.5))
+    whole = builder.fptosi(whole, _INTS)
+    rest = builder.fsub(x, builder.sitofp(whole, _FLOATS))
     power = _constant(math.log(2) ** 6 / math.factorial(6))
     for degree in range(5, -1, -1):
         coefficient = _constant(math.log(2) ** degree / math.factorial(degree))
         power = _multiply_add(builder, power, rest, coefficient)
     exponent = builder.shl(builder.add(whole, _constants(127)), _constants(23))
     power = builder.fmul(power, builder.bitcast(exponent, _FLOATS))
-    return builder.select(builder.fcmp_ordered(">", x, smallest), power, _constant(0.0))
+    return builder.select(builder.fcmp_ordered("<=", x, smallest), _constant(0.0), power)
 
 
 @intrinsic
 def affine_max(typing, work, scores, params, row, num_tokens, query_sum):  # type: ignore[no-untyped-def]
     """Raw scores to scores, raw * scale + query_sum * zero of the key; returns their maximum.
 
-    Scores are padded to a multiple of 16 with very low ones. Params lie `row` floats apart.
+    The maximum passes over NaN, which `weigh` keeps. Scores are padded to a multiple of 16 with
+    very low ones. Params lie `row` floats apart.
     """
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
@@ -354,7 +357,7 @@ def affine_max(typing, work, scores, params, row, num_tokens, query_sum):  # typ
             index = builder.add(_splat(builder, builder.trunc(first, _INT)), lanes)
             inside = builder.icmp_signed("<", index, limit)
             value = builder.select(inside, value, _constant(LOWEST))
-            builder.store(_larger(builder, builder.load(top), value), top)
+            builder.store(_larger(builder, value, builder.load(top)), top)
             _store(builder, value, builder.gep(base, [builder.add(scores, first)]))
         return _fold(builder, _larger, builder.load(top))
 

@@ -30,7 +30,7 @@ def _segments(
     segments = []
     for precision, bits in enumerate(geometry.bits):
         num_tokens = int(context.page_counts[slot, precision])
-        if num_tokens == 0:
+        if num_tokens == 0 or bits == 0:
             continue
         num_pages = geometry.num_pages(num_tokens, bits)
         table = context.page_table[slot]
@@ -56,6 +56,9 @@ def decode_attention(
     lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=query.device)
     for i, row in enumerate(zip(*(column.tolist() for column in rows), strict=True)):
         segments = _segments(context, row)
+        if not segments:
+            out[i], lse[i] = 0, float("-inf")
+            continue
         q = query[i].float().view(num_kv_heads, -1, head_size) * scale
         stored_q, offset = fold_key_norm(q, KeyNorm(*context.key_norms[row[0]]))
         scores = [

@@ -4,6 +4,8 @@ import numba
 import numpy as np
 import torch
 
+from vllm_zipvl.ops.threads import match_num_threads
+
 
 def _words(x: torch.Tensor) -> np.ndarray:
     """The elements of the contiguous last dimension as int64."""
@@ -40,6 +42,7 @@ def store_kv(
     key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
     """See `api.store_kv`."""
+    match_num_threads()
     _store(_words(key), _words(value), _words(kv_cache), slot_mapping.numpy())
 
 
@@ -48,5 +51,6 @@ def gather_kv(
 ) -> torch.Tensor:
     """See `api.gather_kv`."""
     out = kv_cache.new_empty(end - start, kv_cache.shape[1], kv_cache.shape[3])
+    match_num_threads()
     _gather(_words(kv_cache), block_ids.long().numpy(), start, _words(out))
     return out

@@ -7,15 +7,19 @@ import torch
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, normalise_keys, rotate
 from vllm_zipvl.ops.halves import float_to_half, half_to_float
+from vllm_zipvl.ops.threads import match_num_threads
 
 CHUNK_TOKENS = 256
 """Tokens whose float32 vectors stay in the cache between the steps."""
 _LIMIT = np.float32(torch.finfo(torch.float16).max)
 
 
-@numba.njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
+@numba.njit(cache=True, fastmath={"nsz", "reassoc"})
 def _range(x, half_range):
-    """Least and largest value of a vector, within `half_range` standard deviations if not 0."""
+    """Least and largest value of a vector, within `half_range` standard deviations if not 0.
+
+    Both are NaN where the vector is, which the rotation makes NaN throughout.
+    """
     low, high = x[0], x[0]
     for i in range(len(x)):
         low, high = min(low, x[i]), max(high, x[i])
@@ -28,7 +32,7 @@ def _range(x, half_range):
     for i in range(len(x)):
         squares += (x[i] - mean) ** 2
     reach = half_range * np.float32(np.sqrt(squares / len(x)))
-    return max(low, np.float32(mean) - reach), min(high, np.float32(mean) + reach)
+    return max(np.float32(mean) - reach, low), min(np.float32(mean) + reach, high)
 
 
 @numba.njit(cache=True)
@@ -40,7 +44,7 @@ def _pack(x, zero, per_step, bits, out):
         packed = np.uint8(0)
         for i in range(8 // bits):
             code = np.rint((x[j + i * width] - zero) * per_step)
-            packed |= np.uint8(min(max(code, np.float32(0)), levels)) << np.uint8(bits * i)
+            packed |= np.uint8(min(max(np.float32(0), code), levels)) << np.uint8(bits * i)
         out[j] = packed
 
 
@@ -81,6 +85,7 @@ def write_pages(
     """See `api.write_pages`; `bits` is not 16."""
     assert bits != UNQUANTISED
     pages = heap.numpy()
+    match_num_threads()
     for start in range(0, kv.shape[0], CHUNK_TOKENS):
         chunk = kv[start : start + CHUNK_TOKENS]
         chunk = chunk if norm is None else normalise_keys(chunk, norm)

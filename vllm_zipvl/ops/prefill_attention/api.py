@@ -23,9 +23,13 @@ def prefill_attention(
         [num_queries, num_heads, head_size] in the dtype of `query`; sums are float32.
 
     Raises:
-        ValueError: There are more queries than keys.
+        ValueError: There are more queries than keys, or heads are not a multiple of KV heads.
     """
     if query.shape[0] > key.shape[0]:
         raise ValueError(f"{query.shape[0]} queries cannot be the last of {key.shape[0]} keys")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"num_heads {query.shape[1]} must be a multiple of num_kv_heads {key.shape[1]}"
+        )
     implementation = cpu if cpu.is_available(query) else reference
     return implementation.prefill_attention(query, key, value, scale)

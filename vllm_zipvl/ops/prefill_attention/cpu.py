@@ -10,6 +10,7 @@ import platform
 import torch
 
 BLOCK_SIZE = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 512)
 _OPS = ("cpu_attn_reshape_and_cache", "get_scheduler_metadata", "cpu_attention_with_kv_cache")
 _X86 = platform.machine() in ("x86_64", "AMD64")
@@ -20,6 +21,7 @@ def is_available(query: torch.Tensor) -> bool:
     return (
         _X86
         and query.device.type == "cpu"
+        and query.dtype in DTYPES
         and query.shape[-1] in HEAD_SIZES
         and all(hasattr(torch.ops._C, name) for name in _OPS)
     )
@@ -36,6 +38,8 @@ def prefill_attention(
     """See `api.prefill_attention`."""
     num_queries, num_heads, head_size = query.shape
     num_tokens, num_kv_heads, _ = key.shape
+    if num_queries == 0:
+        return torch.empty_like(query)
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     isa, kv_cache_dtype = _isa(query.dtype), "auto"
     cache = query.new_empty(num_blocks, num_kv_heads, 2 * BLOCK_SIZE, head_size)

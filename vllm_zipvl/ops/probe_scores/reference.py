@@ -1,4 +1,4 @@
-"""Probe scores in torch, one KV head at a time so that scores stay in cache.
+"""Probe scores in torch, one KV head at a time so that memory stays bounded.
 
 for each probe i and head h:  A'[i] = softmax(q_i K^T * scale) over keys 0..position_i
 mass[j] = sum over i, h of A'[i, j]
