@@ -1,0 +1,325 @@
+"""A cache for transformers that knows what each layer of each request keeps, and at which bits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.core.geometry import UNQUANTISED, num_compressible
+from vllm_zipvl.core.probes import num_visible_probes, probe_positions
+from vllm_zipvl.core.quantization import (
+    KeyNorm,
+    clip,
+    dequantise,
+    key_norm,
+    quantise,
+    rotate,
+)
+from vllm_zipvl.core.selection import Selection, cap_selections, num_to_keep, select, top_mask
+
+_LAYER = "_zipvl_layer"
+
+Choose = Callable[[torch.Tensor, torch.Tensor, int, ZipVLConfig], Selection]
+"""`core.selection.select`, or what a study puts in its place."""
+
+
+def layer_of(key: torch.Tensor) -> "ZipVLLayer | None":
+    """The cache layer that handed out `key`.
+
+    transformers passes an attention function neither the cache nor its layer, so the layer travels
+    with the keys that it returned.
+    """
+    return getattr(key, _LAYER, None)
+
+
+@dataclass
+class Request:
+    """One row of the batch in one layer.
+
+    Attributes:
+        prompt_len: Tokens of the prompt so far; complete once a step brings one token.
+        random_positions: Random probes of the prompt's earlier chunks.
+        random_mass: Their attention mass, float32 [tokens so far]; None before the first chunk.
+        selection: Of the newest chunk.
+        num_recent: Recent probes of the newest chunk.
+        is_decoding: Whether the prompt is complete.
+        is_prompt_compressed: Whether the step after the prompt is over.
+        compressed_len: Tokens that were compressed or evicted.
+        norm: Statistics of the keys compressed first.
+        evicted: Positions that nobody attends to any more, bool [tokens so far].
+    """
+
+    prompt_len: int = 0
+    random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    random_mass: torch.Tensor | None = None
+    selection: Selection | None = None
+    num_recent: int = 0
+    is_decoding: bool = False
+    is_prompt_compressed: bool = False
+    compressed_len: int = 0
+    norm: KeyNorm | None = None
+    evicted: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+
+class ZipVLLayer(DynamicLayer):
+    """Keys and values of one layer, [batch, num_kv_heads, num_tokens, head_size].
+
+    Compressed tokens hold the values that their codes stand for.
+    """
+
+    def __init__(self, cache: "ZipVLCache") -> None:
+        super().__init__()
+        self.cache = cache
+        self.requests: dict[int, Request] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        setattr(keys, _LAYER, self)
+        return keys, values
+
+    def attend(
+        self,
+        row: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """One row's new tokens: a chunk of its prompt, or a token of its answer.
+
+        Args:
+            row: Index of the row in the batch.
+            query: [num_heads, num_queries, head_size].
+            key: The row's part of the cache, [num_kv_heads, num_tokens, head_size], written to when
+                tokens are compressed.
+            value: As `key`.
+            scale: Softmax scale.
+
+        Returns:
+            [num_heads, num_queries, head_size].
+        """
+        request = self.requests.setdefault(row, Request())
+        if query.shape[1] == 1 and request.prompt_len:
+            request.is_decoding = True
+            return self._decode(row, request, query, key, value, scale)
+        if request.is_decoding:
+            raise ValueError("a ZipVLCache takes one prompt; make a new one for the next")
+        return self._prefill(request, query, key, value, scale)
+
+    def _prefill(
+        self,
+        request: Request,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        config = self.cache.config
+        end, start = key.shape[1], key.shape[1] - query.shape[1]
+        request.prompt_len = end
+        request.selection = self._select(request, query, key, scale)
+        positions = torch.arange(start, end, device=key.device)
+        if not config.sparse_prefill or end < config.min_tokens or self._attends_densely:
+            return _attention(query, positions, key, value, scale)
+        kept = request.selection.kept
+        queries = kept[start:]
+        out = torch.zeros_like(query)
+        tokens = kept.nonzero()[:, 0]
+        out[:, queries] = _attention(
+            query[:, queries], positions[queries], key[:, kept], value[:, kept], scale, tokens
+        )
+        return out
+
+    @property
+    def _attends_densely(self) -> bool:
+        return self.cache.layers.index(self) < self.cache.num_dense_layers
+
+    def _select(
+        self, request: Request, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> Selection:
+        config = self.cache.config
+        end, start = key.shape[1], key.shape[1] - query.shape[1]
+        random, recent = probe_positions(
+            config.seed, start, end, config.probe_recent, config.probe_random
+        )
+        random_mass, recent_mass = (
+            self._mass(query, torch.tensor(positions, device=key.device), start, key, scale)
+            for positions in (random, recent)
+        )
+        if request.random_mass is not None:
+            random_mass[: request.random_mass.shape[0]] += request.random_mass
+        request.random_mass = random_mass
+        request.random_positions = np.concatenate([request.random_positions, random])
+        request.num_recent = len(recent)
+        probes = np.concatenate([request.random_positions, recent])
+        num_visible = torch.from_numpy(num_visible_probes(probes, end)).to(key.device)
+        return self.cache.choose(random_mass + recent_mass, num_visible, len(recent), config)
+
+    def _mass(
+        self,
+        query: torch.Tensor,
+        positions: torch.Tensor,
+        start: int,
+        key: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of the queries at `positions`, summed over them and heads, float32 [end]."""
+        weights = _weights(query[:, positions - start], positions, key, scale)
+        return weights.sum((0, 1))
+
+    def _decode(
+        self,
+        row: int,
+        request: Request,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        num_tokens = key.shape[1]
+        num_new = num_tokens - request.evicted.shape[0]
+        request.evicted = torch.nn.functional.pad(request.evicted.to(key.device), (0, num_new))
+        there = (~request.evicted).nonzero()[:, 0]
+        position = torch.tensor([num_tokens - 1], device=key.device)
+        weights = _weights(query, position, key[:, there], scale, there)
+        out = _weighted(weights, value[:, there])
+        if not request.is_prompt_compressed:
+            # One step after the prompt, as in the engine, where the first token does not wait.
+            request.is_prompt_compressed = True
+            kept = self.cache.prompt_masks(row)[self.cache.layers.index(self)]
+            self._compress(
+                request, 0, self.cache.compressible(request.prompt_len), kept, key, value
+            )
+            return out
+        config = self.cache.config
+        start, end = request.compressed_len, self.cache.compressible(num_tokens)
+        if num_tokens - start >= config.interval + config.residual and end > start:
+            mass = torch.zeros(num_tokens, device=key.device)
+            mass[there] = weights.sum((0, 1))
+            tail = mass[start:end]
+            self._compress(
+                request, start, end, top_mask(tail, num_to_keep(tail, config)), key, value
+            )
+        return out
+
+    def _compress(
+        self,
+        request: Request,
+        start: int,
+        end: int,
+        kept: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        """Tokens [start, end) go to their precision; `kept` says which are the important ones."""
+        if end <= start:
+            return
+        kept = kept[: end - start]
+        if request.norm is None:
+            request.norm = key_norm(key[:, :end].transpose(0, 1))
+        config = self.cache.config
+        for mask, bits in ((kept, config.high_bits), (~kept, config.low_bits)):
+            positions = start + mask.nonzero()[:, 0]
+            if bits == 0:
+                request.evicted[positions] = True
+            elif bits != UNQUANTISED:
+                mean, deviation = (x[:, None] for x in request.norm)
+                keys = (key[:, positions].float() - mean) / deviation
+                key[:, positions] = (_through(keys, bits) * deviation + mean).to(key.dtype)
+                value[:, positions] = _through(value[:, positions].float(), bits).to(value.dtype)
+        request.compressed_len = end
+
+
+class ZipVLCache(Cache):
+    """The cache of one `generate` call.
+
+    Attributes:
+        config: The settings, the same as the engine's.
+        block_size: Tokens of the engine's blocks; only whole ones are compressed.
+        choose: Chooses what a layer keeps.
+        num_dense_layers: First layers whose prefill attends densely.
+    """
+
+    def __init__(
+        self,
+        config: ZipVLConfig,
+        block_size: int = 32,
+        choose: Choose = select,
+        num_dense_layers: int = 0,
+    ) -> None:
+        super().__init__(layer_class_to_replicate=lambda: ZipVLLayer(self))
+        self.config = config
+        self.block_size = block_size
+        self.choose = choose
+        self.num_dense_layers = num_dense_layers
+        self._masks: dict[int, list[torch.Tensor]] = {}
+
+    def compressible(self, num_tokens: int) -> int:
+        """Tokens [0, end) of a context that may be compressed."""
+        if not self.config.compress:
+            return 0
+        return num_compressible(num_tokens, self.config.residual, self.block_size)
+
+    def selections(self, row: int = 0) -> list[Selection]:
+        """What each layer chose in the newest chunk of a row's prompt."""
+        return [layer.requests[row].selection for layer in self.layers]
+
+    def prompt_masks(self, row: int = 0) -> list[torch.Tensor]:
+        """What each layer keeps at `high_bits` of a complete prompt, bool [prompt_len]."""
+        if row not in self._masks:
+            num_recent = self.layers[0].requests[row].num_recent
+            self._masks[row] = cap_selections(
+                self.selections(row), num_recent, self.config.max_kept
+            )
+        return self._masks[row]
+
+
+def _grouped(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[num_kv_heads, group * num_queries, head_size], float32."""
+    num_heads, num_queries, head_size = query.shape
+    return query.float().reshape(num_kv_heads, -1, num_queries, head_size).flatten(1, 2)
+
+
+def _weights(
+    query: torch.Tensor,
+    query_positions: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    key_positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal softmax weights, float32 [num_heads, num_queries, num_keys]."""
+    num_heads, num_queries, _ = query.shape
+    if key_positions is None:
+        key_positions = torch.arange(key.shape[1], device=key.device)
+    scores = _grouped(query, key.shape[0]) @ key.float().transpose(1, 2) * scale
+    scores = scores.reshape(num_heads, num_queries, -1)
+    return scores.masked_fill(key_positions > query_positions[:, None], -torch.inf).softmax(-1)
+
+
+def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[num_heads, num_queries, head_size] in the dtype of `value`."""
+    num_heads, num_queries, num_keys = weights.shape
+    grouped = weights.reshape(value.shape[0], -1, num_keys)
+    return (grouped @ value.float()).reshape(num_heads, num_queries, -1).to(value.dtype)
+
+
+def _attention(
+    query: torch.Tensor,
+    query_positions: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    key_positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _weighted(_weights(query, query_positions, key, scale, key_positions), value)
+
+
+def _through(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of float32 vectors [..., head_size] after storing them at `bits`."""
+    return rotate(dequantise(quantise(clip(rotate(x), bits), bits)))
