@@ -8,30 +8,47 @@ from typing import NamedTuple
 import numpy as np
 import tasks
 import torch
+from drawing import Mark
 from examples import LEVELS, Example
 from lab_model import LabModel, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+KINDS = ("shape", "colour", "text", "value")
+"""Of what a patch shows."""
 IGNORED = -100
 """Label of positions without a loss."""
+QUESTIONS = 8
+"""Asked at once about an example."""
 SINGLE = tuple(name for name in tasks.FAMILIES if name != "frames")
 
 
 class Batch(NamedTuple):
-    """Inputs of one step.
+    """Inputs of one step: rows of pictures followed by their questions, side by side.
 
     Attributes:
         input_ids: int64 [batch, length], padded on the right.
-        attention_mask: int64, as `input_ids`.
+        position_ids: int64, as `input_ids`; every question starts right after the pictures.
+        parts: int64, as `input_ids`: 0 up to the last picture, then the question's number from 1
+            on; -1 is padding.
         labels: int64, as `input_ids`; `IGNORED` outside of answers.
         pixel_values: float32 [num_images, 3, side, side].
+        marks: int64 [num_images, tokens_per_image, len(KINDS)], the token that says what a patch
+            shows; the padding token for nothing.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    parts: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor
+    marks: torch.Tensor
+
+    def attention_mask(self) -> torch.Tensor:
+        """Bool [batch, 1, length, length]: a question sees the pictures and itself alone."""
+        query, key = self.parts[:, :, None], self.parts[:, None, :]
+        causal = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
+        return (causal.to(query.device) & ((key == 0) | (key == query)))[:, None]
 
 
 @cache
@@ -39,16 +56,19 @@ def _tokenizer():
     return make_tokenizer()
 
 
-def prompt_ids(example: Example, spec: LabModel) -> list[int]:
-    """What the chat template makes of a question, image tokens expanded."""
+def prompt_ids(num_images: int, question: str, spec: LabModel) -> tuple[list[int], list[int]]:
+    """What the chat template makes of a question: up to the last image token, and the rest."""
     tokenizer = _tokenizer()
-    content = [{"type": "image"}] * len(example.images)
-    content.append({"type": "text", "text": example.question})
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     image = tokenizer.convert_tokens_to_ids("<image>")
     ids = tokenizer(text).input_ids
-    return [i for token in ids for i in [token] * (spec.tokens_per_image if token == image else 1)]
+    split = len(ids) - ids[::-1].index(image)
+    before = [
+        i for one in ids[:split] for i in [one] * (spec.tokens_per_image if one == image else 1)
+    ]
+    return before, ids[split:]
 
 
 def pixels(example: Example) -> torch.Tensor:
@@ -58,26 +78,66 @@ def pixels(example: Example) -> torch.Tensor:
     return (stacked.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
+def patch_marks(marks: list[Mark], spec: LabModel) -> torch.Tensor:
+    """What each patch's middle shows, int64 [tokens_per_image, len(KINDS)]."""
+    tokenizer = _tokenizer()
+    num = spec.side // spec.patch_size
+    labels = torch.full((num, num, len(KINDS)), tokenizer.pad_token_id)
+    for mark in marks:
+        left, top, right, bottom = (max(0, round(edge * num)) for edge in mark.box)
+        for kind, name in enumerate(KINDS):
+            word = getattr(mark, name)
+            if word is not None:
+                token = tokenizer.convert_tokens_to_ids(word)
+                labels[top : max(bottom, top + 1), left : max(right, left + 1), kind] = token
+    return labels.flatten(0, 1)
+
+
+class _Row(NamedTuple):
+    """One example's part of a batch, as lists of equal length."""
+
+    input_ids: list[int]
+    position_ids: list[int]
+    parts: list[int]
+    labels: list[int]
+
+
+_PADDING = _Row([0], [0], [-1], [IGNORED])
+
+
+def _row(example: Example, spec: LabModel) -> _Row:
+    tokenizer = _tokenizer()
+    row = _Row([], [], [], [])
+    for part, question in enumerate(example.questions, start=1):
+        pictures, words = prompt_ids(len(example.images), question.text, spec)
+        if part == 1:
+            row.input_ids.extend(pictures)
+            row.position_ids.extend(range(len(pictures)))
+            row.parts.extend([0] * len(pictures))
+            row.labels.extend([IGNORED] * len(pictures))
+        answer = tokenizer(question.answer, add_special_tokens=False).input_ids
+        answer.append(tokenizer.eos_token_id)
+        length = len(words) + len(answer)
+        row.input_ids.extend(words + answer)
+        row.position_ids.extend(range(len(pictures), len(pictures) + length))
+        row.parts.extend([part] * length)
+        row.labels.extend([IGNORED] * len(words) + answer)
+    return row
+
+
 def collate(examples: list[Example], spec: LabModel, blind: bool = False) -> Batch:
     """Questions with their answers; `blind` shows grey pictures."""
-    tokenizer = _tokenizer()
-    rows, labels = [], []
-    for example in examples:
-        prompt = prompt_ids(example, spec)
-        answer = tokenizer(example.answer, add_special_tokens=False).input_ids
-        answer.append(tokenizer.eos_token_id)
-        rows.append(prompt + answer)
-        labels.append([IGNORED] * len(prompt) + answer)
-    length = max(map(len, rows))
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
+    rows = [_row(example, spec) for example in examples]
+    length = max(len(row.input_ids) for row in rows)
+    padded = [
+        [values + pad * (length - len(values)) for values in field]
+        for field, pad in zip(zip(*rows, strict=True), _PADDING, strict=True)
+    ]
     pictures = torch.cat([pixels(example) for example in examples])
-    return Batch(
-        torch.tensor(padded),
-        (torch.arange(length) < lengths[:, None]).long(),
-        torch.tensor([row + [IGNORED] * (length - len(row)) for row in labels]),
-        torch.zeros_like(pictures) if blind else pictures,
-    )
+    if blind:
+        pictures = torch.zeros_like(pictures)
+    marks = [patch_marks(marks, spec) for example in examples for marks in example.marks]
+    return Batch(*map(torch.tensor, padded), pictures, torch.stack(marks))
 
 
 class TrainingBatches(IterableDataset):
@@ -88,7 +148,7 @@ class TrainingBatches(IterableDataset):
         self.seed, self.blind = seed, blind
 
     def batch(self, index: int) -> Batch:
-        """One in six batches shows several pictures, and holds fewer questions."""
+        """One in six batches shows several pictures a question, and holds fewer questions."""
         random = Random(f"{self.seed}/{index}")
         several = index % len(tasks.FAMILIES) == 0
         families = ("frames",) if several else SINGLE
@@ -100,6 +160,7 @@ class TrainingBatches(IterableDataset):
                 "train",
                 random.getrandbits(48),
                 self.spec.side,
+                QUESTIONS,
             )
             for _ in range(size)
         ]

@@ -22,6 +22,24 @@ GRID = 4
 """Cells a side: objects lie in different cells, so they never overlap."""
 
 
+class Mark(NamedTuple):
+    """What a part of a picture shows, in the words of the tasks.
+
+    Attributes:
+        box: Left, top, right and bottom, as shares of the side.
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        text: What is written there.
+        value: What a chart's column says.
+    """
+
+    box: tuple[float, float, float, float]
+    shape: str | None = None
+    colour: str | None = None
+    text: str | None = None
+    value: str | None = None
+
+
 class Thing(NamedTuple):
     """One object of a scene.
 
@@ -38,6 +56,11 @@ class Thing(NamedTuple):
     x: float
     y: float
     size: float
+
+    @property
+    def mark(self) -> Mark:
+        x, y, r = self.x, self.y, self.size
+        return Mark((x - r, y - r, x + r, y + r), shape=self.shape, colour=self.colour)
 
 
 def texture(random: Random, side: int) -> Image.Image:
@@ -98,8 +121,11 @@ def scene(random: Random, side: int, things: list[Thing]) -> Image.Image:
     return image
 
 
-def write(image: Image.Image, x: float, y: float, text: str, height: float, colour: str) -> None:
+def write(image: Image.Image, x: float, y: float, text: str, height: float, colour: str) -> Mark:
     """Write text centred at shares (x, y) of the side, `height` as a share of it."""
-    font = ImageFont.load_default(size=height * image.width)
-    place = (x * image.width, y * image.width)
-    ImageDraw.Draw(image).text(place, text, fill=COLOURS[colour], font=font, anchor="mm")
+    side = image.width
+    font = ImageFont.load_default(size=height * side)
+    pen, place = ImageDraw.Draw(image), (x * side, y * side)
+    pen.text(place, text, fill=COLOURS[colour], font=font, anchor="mm", stroke_width=side / 336)
+    left, top, right, bottom = pen.textbbox(place, text, font=font, anchor="mm")
+    return Mark((left / side, top / side, right / side, bottom / side), colour=colour, text=text)

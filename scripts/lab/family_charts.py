@@ -2,8 +2,8 @@
 
 from random import Random
 
-from drawing import COLOURS, texture, write
-from examples import EASY, Example
+from drawing import COLOURS, Mark, texture, write
+from examples import EASY, Case, Question
 from PIL import Image, ImageDraw
 
 NAME = "charts"
@@ -53,50 +53,75 @@ def _line(image: Image.Image, random: Random, values: dict[str, int]) -> None:
         write(image, place, 0.92, name, 0.06, "black")
 
 
-def _value_of(random: Random, values: dict[str, int]) -> tuple[str, str]:
+def _value_of(random: Random, values: dict[str, int]) -> Question:
     name = random.choice(list(values))
-    return f"what is the value of {name}", str(values[name])
+    return Question(f"what is the value of {name}", str(values[name]))
 
 
-def _extreme(random: Random, values: dict[str, int]) -> tuple[str, str]:
+def _extreme(random: Random, values: dict[str, int]) -> Question:
     word, choose = random.choice([("largest", max), ("smallest", min)])
-    return f"which one is the {word}", choose(values, key=values.__getitem__)
+    return Question(f"which one is the {word}", choose(values, key=values.__getitem__))
 
 
-def _compare(random: Random, values: dict[str, int]) -> tuple[str, str]:
+def _compare(random: Random, values: dict[str, int]) -> Question:
     a, b = random.sample(list(values), 2)
-    return f"is {a} larger than {b}", "yes" if values[a] > values[b] else "no"
+    return Question(f"is {a} larger than {b}", "yes" if values[a] > values[b] else "no")
 
 
-def _share(random: Random, side: int, num: int) -> Example:
-    """A pie: colours name the parts."""
+def _list(random: Random, values: dict[str, int]) -> Question:
+    return Question("list all values from left to right", " ".join(map(str, values.values())))
+
+
+def _pie(random: Random, side: int, num: int) -> Case:
+    """Colours name the parts."""
     image = texture(random, side)
     colours = random.sample(_BRIGHT, num)
-    while True:
-        weights = [random.randint(1, 9) for _ in colours]
-        ranked = sorted(weights)
-        if ranked[0] < ranked[1] and ranked[-2] + 1 < ranked[-1]:
-            break
+    weights = [random.randint(1, 9) for _ in colours]
     pen, angle = ImageDraw.Draw(image), random.uniform(0, 360)
     box = (0.15 * side, 0.15 * side, 0.85 * side, 0.85 * side)
     for colour, weight in zip(colours, weights, strict=True):
         turn = 360 * weight / sum(weights)
         pen.pieslice(box, angle, angle + turn, fill=COLOURS[colour], outline=(30, 30, 30))
         angle += turn
-    word, choose = random.choice([("largest", max), ("smallest", min)])
-    answer = colours[weights.index(choose(weights))]
-    return Example([image], f"what colour is the {word} part", answer)
+    parts = dict(zip(colours, weights, strict=True))
+
+    def extreme(random: Random) -> Question | None:
+        word, sign = random.choice([("largest", -1), ("smallest", 1)])
+        first, second = sorted(parts, key=lambda colour: sign * parts[colour])[:2]
+        if abs(parts[first] - parts[second]) < 2:
+            return None
+        return Question(f"what colour is the {word} part", first)
+
+    def compare(random: Random) -> Question | None:
+        a, b = random.sample(colours, 2)
+        if abs(parts[a] - parts[b]) < 2:
+            return None
+        answer = "yes" if parts[a] > parts[b] else "no"
+        return Question(f"is the {a} part larger than the {b} part", answer)
+
+    # Equal parts cannot be asked about, so that a pie of them alone would have no question.
+    if max(weights) - min(weights) < 2:
+        return _pie(random, side, num)
+    return Case([image], [[]], lambda random: random.choice((extreme, compare))(random))
 
 
-def draw(random: Random, level: str, side: int) -> Example:
+def draw(random: Random, level: str, side: int) -> Case:
     """Easy charts have three values, hard ones six."""
     num = 3 if level == EASY else 6
     chart = random.choice((_bars, _line, None))
     if chart is None:
-        return _share(random, side, min(num, 5))
+        return _pie(random, side, min(num, 5))
     names = random.sample(LETTERS, num)
     values = dict(zip(names, random.sample(range(1, TOP + 1), num), strict=True))
     image = texture(random, side)
     chart(image, random, values)
-    question, answer = random.choice((_value_of, _extreme, _compare))(random, values)
-    return Example([image], question, answer)
+
+    def ask(random: Random) -> Question:
+        return random.choice((_value_of, _extreme, _compare, _list))(random, values)
+
+    half = 0.5 * (_RIGHT - _LEFT) / num
+    marks = [
+        Mark((x - half, _BOTTOM - _HEIGHT, x + half, 1.0), text=name, value=str(value))
+        for x, (name, value) in zip(_columns(names), values.items(), strict=True)
+    ]
+    return Case([image], [marks], ask)

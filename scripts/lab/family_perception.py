@@ -3,39 +3,42 @@
 from random import Random
 
 from drawing import COLOURS, SHAPES, scene
-from examples import EASY, Example
+from examples import EASY, Case, Question
 from family_objects import things_of
 
 NAME = "perception"
 
 
-def _exists(random: Random, pairs: list[tuple[str, str]], wanted: bool) -> str | None:
-    """Whether something of a colour and a shape is there; a no has the parts apart."""
-    if wanted:
-        shape, colour = random.choice(pairs)
-        return f"is there a {colour} {shape}"
-    shape, colour = random.choice(pairs)[0], random.choice(pairs)[1]
-    return None if (shape, colour) in pairs else f"is there a {colour} {shape}"
-
-
-def _more(random: Random, pairs: list[tuple[str, str]], wanted: bool) -> str | None:
-    """Whether there are more of one shape than of another."""
-    shapes = [shape for shape, _ in pairs]
-    a, b = random.sample(SHAPES, 2)
-    num_a, num_b = shapes.count(a), shapes.count(b)
-    if (num_a > num_b) != wanted or not (num_a or num_b):
-        return None
-    return f"are there more {a} objects than {b} objects"
-
-
-def draw(random: Random, level: str, side: int) -> Example:
+def draw(random: Random, level: str, side: int) -> Case:
     """Half of the answers are yes. Easy: three objects; hard: eight, and counting."""
-    kinds = (_exists,) if level == EASY else (_exists, _more)
-    kind, wanted = random.choice(kinds), random.random() < 0.5
-    while True:
-        num = 3 if level == EASY else 8
-        pairs = [(random.choice(SHAPES), random.choice(list(COLOURS))) for _ in range(num)]
-        question = kind(random, pairs, wanted)
-        if question is not None:
-            image = scene(random, side, things_of(random, pairs))
-            return Example([image], question, "yes" if wanted else "no")
+    kinds = ("exists",) if level == EASY else ("exists", "more")
+    num = 3 if level == EASY else 8
+    pairs = [(random.choice(SHAPES), random.choice(list(COLOURS))) for _ in range(num)]
+
+    def exists(random: Random, wanted: bool) -> str | None:
+        """Whether something of a colour and a shape is there; a no has the parts apart."""
+        shape, colour = random.choice(pairs)
+        if not wanted:
+            colour = random.choice(pairs)[1]
+        return f"is there a {colour} {shape}" if ((shape, colour) in pairs) == wanted else None
+
+    def more(random: Random, wanted: bool) -> str | None:
+        """Whether there are more of one shape than of another."""
+        shapes = [shape for shape, _ in pairs]
+        a, b = random.sample(SHAPES, 2)
+        num_a, num_b = shapes.count(a), shapes.count(b)
+        if (num_a > num_b) != wanted or not (num_a or num_b):
+            return None
+        return f"are there more {a} objects than {b} objects"
+
+    def ask(random: Random) -> Question | None:
+        kind, wanted = random.choice(kinds), random.random() < 0.5
+        # The answer was drawn first: another question with that answer, if there is any.
+        for _ in range(20):
+            text = (exists if kind == "exists" else more)(random, wanted)
+            if text is not None:
+                return Question(text, "yes" if wanted else "no")
+        return None
+
+    things = things_of(random, pairs)
+    return Case([scene(random, side, things)], [[thing.mark for thing in things]], ask)

@@ -4,8 +4,8 @@ import math
 from random import Random
 
 from drawing import COLOURS, SHAPES, Thing, scene
-from examples import EASY, Example
-from family_objects import things_of
+from examples import EASY, Case, Question
+from family_objects import in_order, things_of
 
 NAME = "relations"
 SIDES = ("left of", "right of", "above", "below")
@@ -22,43 +22,52 @@ def _is_beside(a: Thing, b: Thing, side: str) -> bool:
     }[side] > _MARGIN
 
 
-def _side_of(random: Random, things: list[Thing]) -> Example | None:
+def _side_of(random: Random, things: list[Thing]) -> Question | None:
     a, b = random.sample(things, 2)
     relation = random.choice(SIDES)
     clear = abs(a.x - b.x if "of" in relation else a.y - b.y) > _MARGIN
     if not clear:
         return None
     answer = "yes" if _is_beside(a, b, relation) else "no"
-    return Example([], f"is the {a.shape} {relation} the {b.shape}", answer)
+    return Question(f"is the {a.shape} {relation} the {b.shape}", answer)
 
 
-def _only_one_beside(random: Random, things: list[Thing]) -> Example | None:
+def _only_one_beside(random: Random, things: list[Thing]) -> Question | None:
     b = random.choice(things)
     relation = random.choice(SIDES)
     beside = [a for a in things if a is not b and _is_beside(a, b, relation)]
     unclear = [a for a in things if a is not b and not any(_is_beside(a, b, s) for s in SIDES)]
     if len(beside) != 1 or unclear:
         return None
-    return Example([], f"what colour is the object {relation} the {b.shape}", beside[0].colour)
+    return Question(f"what colour is the object {relation} the {b.shape}", beside[0].colour)
 
 
-def _nearest_of(random: Random, things: list[Thing]) -> Example | None:
+def _nearest_of(random: Random, things: list[Thing]) -> Question | None:
     b = random.choice(things)
     distances = {a: math.dist((a.x, a.y), (b.x, b.y)) for a in things if a is not b}
     first, second = sorted(distances, key=distances.__getitem__)[:2]
     if distances[second] < 1.25 * distances[first]:
         return None
-    question = f"what colour is the object nearest to the {b.shape}"
-    return Example([], question, first.colour)
+    return Question(f"what colour is the object nearest to the {b.shape}", first.colour)
 
 
-def draw(random: Random, level: str, side: int) -> Example:
+def _list(random: Random, things: list[Thing]) -> Question | None:
+    axis, words = random.choice((("x", "left to right"), ("y", "top to bottom")))
+    ordered = in_order(things, axis, 0.03)
+    if ordered is None:
+        return None
+    return Question(f"list the shapes from {words}", " ".join(thing.shape for thing in ordered))
+
+
+def draw(random: Random, level: str, side: int) -> Case:
     """Easy: three objects and one step; hard: six, and references by neighbourhood."""
-    kinds = (_side_of,) if level == EASY else (_side_of, _only_one_beside, _nearest_of)
-    while True:
-        shapes = random.sample(SHAPES, 3 if level == EASY else len(SHAPES))
-        pairs = [(shape, random.choice(list(COLOURS))) for shape in shapes]
-        things = things_of(random, pairs)
-        example = random.choice(kinds)(random, things)
-        if example is not None:
-            return example._replace(images=[scene(random, side, things)])
+    kinds = (_side_of, _list)
+    if level != EASY:
+        kinds += (_only_one_beside, _nearest_of)
+    shapes = random.sample(SHAPES, 3 if level == EASY else len(SHAPES))
+    things = things_of(random, [(shape, random.choice(list(COLOURS))) for shape in shapes])
+
+    def ask(random: Random) -> Question | None:
+        return random.choice(kinds)(random, things)
+
+    return Case([scene(random, side, things)], [[thing.mark for thing in things]], ask)

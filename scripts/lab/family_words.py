@@ -1,9 +1,10 @@
 """Words and numbers written in the scene (after TextVQA)."""
 
+import itertools
 from random import Random
 
 from drawing import COLOURS, SHAPES, cells, scene, write
-from examples import EASY, Example
+from examples import EASY, Case, Question
 from family_objects import things_of
 
 NAME = "words"
@@ -11,16 +12,23 @@ WORDS = (
     "bus", "car", "cat", "cup", "dog", "egg", "fan", "hat", "ink", "jam", "key", "leg", "map",
     "net", "oak", "pen", "rug", "sun", "tea", "van",
 )  # fmt: skip
-_HEIGHT = 0.11
+_HEIGHT = 0.13
 
 
-def _written(random: Random) -> str:
-    return random.choice(WORDS) if random.random() < 0.5 else str(random.randint(10, 99))
+def _writings(random: Random, num: int) -> list[str]:
+    """Different ones, words and numbers."""
+    found: list[str] = []
+    while len(found) < num:
+        is_word = random.random() < 0.5
+        text = random.choice(WORDS) if is_word else str(random.randint(10, 99))
+        if text not in found:
+            found.append(text)
+    return found
 
 
-def draw(random: Random, level: str, side: int) -> Example:
-    """Easy: one writing among objects; hard: several, named by their colour."""
-    num_texts, num_things = (1, 3) if level == EASY else (4, 4)
+def draw(random: Random, level: str, side: int) -> Case:
+    """Writings, told apart by their colour, among objects: two when easy, four when hard."""
+    num_texts = num_things = 2 if level == EASY else 4
     places = cells(random, num_texts + num_things)
     pairs = [(random.choice(SHAPES), random.choice(list(COLOURS))) for _ in range(num_things)]
     things = [
@@ -29,9 +37,23 @@ def draw(random: Random, level: str, side: int) -> Example:
     ]
     image = scene(random, side, things)
     colours = random.sample(list(COLOURS), num_texts)
-    texts = [_written(random) for _ in colours]
+    texts = _writings(random, num_texts)
+    marks = [thing.mark for thing in things]
     for (x, y), text, colour in zip(places[num_things:], texts, colours, strict=True):
-        write(image, min(max(x, 0.14), 0.86), y, text, _HEIGHT, colour)
-    if level == EASY:
-        return Example([image], "what is written", texts[0])
-    return Example([image], f"what is written in {colours[0]}", texts[0])
+        marks.append(write(image, min(max(x, 0.14), 0.86), y, text, _HEIGHT, colour))
+
+    def ask(random: Random) -> Question | None:
+        kind = random.choice(("read", "read", "colour", "list"))
+        if kind == "list":
+            lines = sorted(marks[num_things:], key=lambda mark: mark.box[1])
+            tops = [mark.box[1] for mark in lines]
+            if any(b - a < 0.06 for a, b in itertools.pairwise(tops)):
+                return None
+            text = "list all that is written from top to bottom"
+            return Question(text, " ".join(mark.text for mark in lines))
+        colour, text = random.choice(list(zip(colours, texts, strict=True)))
+        if kind == "colour":
+            return Question(f"what colour is {text}", colour)
+        return Question(f"what is written in {colour}", text)
+
+    return Case([image], [marks], ask)

@@ -13,11 +13,11 @@ from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
 
 TEMPLATE = CHAT_TEMPLATE.replace(".upper()", "").replace("ASSISTANT", "assistant")
 WORDS_OF_TASKS = """
-    a above after are assistant below black blue bus car cat circle colour comes cross cup dog egg
-    fan green hat how in ink is it jam key largest larger left leg many map more nearest net no
-    oak object objects of often one orange part pen picture purple red right ring rug shape
-    smallest square star sun tea than the there to triangle user value van what which white
-    written yellow yes
+    a above after all are assistant below black blue bottom bus car cat circle colour colours comes
+    cross cup dog egg fan from green hat how in ink is it jam key largest larger left leg list many
+    map more nearest net no oak object objects of often one orange part pen picture pictures purple
+    red right ring rug shape shapes smallest square star sun tea than that the there to top triangle
+    user value values van what which white written yellow yes
 """
 
 

@@ -8,7 +8,7 @@ import family_objects
 import family_perception
 import family_relations
 import family_words
-from examples import LEVELS, Example
+from examples import LEVELS, Example, questions
 
 FAMILIES = {
     module.NAME: module
@@ -24,8 +24,18 @@ FAMILIES = {
 SPLITS = ("train", "validation", "test")
 
 
-def example(family: str, level: str, split: str, index: int, side: int) -> Example:
-    """The same picture and question whenever it is asked for.
+def example(
+    family: str, level: str, split: str, index: int, side: int, num_questions: int = 1
+) -> Example:
+    """The same picture and questions whenever they are asked for.
+
+    Args:
+        family: One of `FAMILIES`.
+        level: One of `LEVELS`.
+        split: One of `SPLITS`; they share no picture.
+        index: Which example.
+        side: Pixels a side of each picture.
+        num_questions: Up to how many; the first ones do not depend on it.
 
     Raises:
         ValueError: An unknown family, level or split.
@@ -34,4 +44,6 @@ def example(family: str, level: str, split: str, index: int, side: int) -> Examp
         if value not in choices:
             raise ValueError(f"{value!r} must be one of {choices}")
     # A string as the seed, so that no two of them can lead to the same numbers.
-    return FAMILIES[family].draw(Random(f"{family}/{level}/{split}/{index}"), level, side)
+    random = Random(f"{family}/{level}/{split}/{index}")
+    case = FAMILIES[family].draw(random, level, side)
+    return Example(case.images, case.marks, questions(case, random, num_questions))

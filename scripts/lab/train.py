@@ -12,18 +12,21 @@ import dataclasses
 import json
 import math
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import tasks
 import torch
-from batches import IGNORED, Batch, TrainingBatches, collate, loader
+from batches import IGNORED, KINDS, QUESTIONS, Batch, TrainingBatches, collate, loader
 from examples import LEVELS
 from lab_model import PRESETS, LabModel, make_model, save
 
 WARM_UP_STEPS = 200
+MARKS_WEIGHT = 0.5
+"""Of the loss over what patches show, beside the loss over answers."""
 EVALUATED = 48
-"""Held-out questions per family and level at an evaluation."""
+"""Held-out pictures per family and level at an evaluation, with `QUESTIONS` each."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,7 +36,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--steps", type=int, required=True, help="of training, all runs")
-    parser.add_argument("--batch", type=int, default=32, help="questions a step")
+    parser.add_argument(
+        "--tower-steps", type=int, default=0, help="first steps, of the vision tower alone"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
@@ -51,8 +57,13 @@ class Trainer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
         self.model = make_model(self.spec).to(self.device)
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        vocab = self.model.config.text_config.vocab_size
+        # Names what each patch shows, so that the tower learns to see before it is asked.
+        self.marks_head = torch.nn.Linear(self.spec.vision_hidden_size, len(KINDS) * vocab)
+        self.marks_head.to(self.device)
+        parameters = [*self.model.parameters(), *self.marks_head.parameters()]
+        decayed = [p for p in parameters if p.ndim > 1]
+        others = [p for p in parameters if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}]
         self.optimiser = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
@@ -65,6 +76,7 @@ class Trainer:
         if state["spec"] != dataclasses.asdict(self.spec) or state["seed"] != self.arguments.seed:
             raise SystemExit(f"{self.state_file} is of another run: {state['spec']}; choose --out")
         self.model.load_state_dict(state["model"])
+        self.marks_head.load_state_dict(state["marks_head"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds = state["step"], state["seconds"]
 
@@ -74,6 +86,7 @@ class Trainer:
             "spec": dataclasses.asdict(self.spec),
             "seed": self.arguments.seed,
             "model": self.model.state_dict(),
+            "marks_head": self.marks_head.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -89,25 +102,65 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def rate(self) -> float:
-        """Warm-up, then a cosine down to a twentieth."""
+        """Warm-up of either stage, and over all a cosine down to a twentieth."""
         share = min(1.0, self.step / self.arguments.steps)
-        warm = min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        stage_start = self.arguments.tower_steps if self._is_whole else 0
+        warm = min(1.0, (self.step - stage_start + 1) / WARM_UP_STEPS)
         return self.arguments.rate * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2)
 
-    def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the whole model trains by now."""
+        return self.step >= self.arguments.tower_steps
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return Batch(*(x.to(self.device) for x in batch))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+    def _features(self, batch: Batch) -> torch.Tensor:
+        """What the projector sees, [num_images, tokens_per_image, vision_hidden_size]."""
+        with self._autocast():
+            states = self.model.model.vision_tower(
+                batch.pixel_values, output_hidden_states=True
+            ).hidden_states
+        return states[self.model.config.vision_feature_layer][:, 1:]
+
+    def _marks_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """[num_images, tokens_per_image, len(KINDS), vocab]."""
+        return self.marks_head(features.float()).unflatten(-1, (len(KINDS), -1))
+
+    def _logits(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the answers' tokens alone: logits [num_answer_tokens, vocab] and labels."""
-        ids, mask, labels, pictures = (x.to(self.device) for x in batch)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            output = self.model.model(input_ids=ids, attention_mask=mask, pixel_values=pictures)
-            answers = labels[:, 1:] != IGNORED
+        model = self.model.model
+        with self._autocast():
+            embeddings = model.get_input_embeddings()(batch.input_ids)
+            pictures = model.multi_modal_projector(features).flatten(0, 1).to(embeddings.dtype)
+            is_picture = batch.input_ids == self.model.config.image_token_id
+            embeddings = embeddings.masked_scatter(is_picture[..., None], pictures)
+            output = model.language_model(
+                inputs_embeds=embeddings,
+                attention_mask=batch.attention_mask(),
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
+            answers = batch.labels[:, 1:] != IGNORED
             logits = self.model.lm_head(output.last_hidden_state[:, :-1][answers])
-        return logits.float(), labels[:, 1:][answers]
+        return logits.float(), batch.labels[:, 1:][answers]
 
     def train_step(self, batch: Batch) -> float:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate()
-        logits, labels = self._logits(batch)
-        loss = torch.nn.functional.cross_entropy(logits, labels)
+        batch = self._on_device(batch)
+        features = self._features(batch)
+        marks = self._marks_logits(features).flatten(0, 2)
+        loss = MARKS_WEIGHT * torch.nn.functional.cross_entropy(marks, batch.marks.flatten())
+        if self.arguments.blind:
+            loss = 0 * loss
+        if self._is_whole:
+            logits, labels = self._logits(batch, features)
+            loss = loss + torch.nn.functional.cross_entropy(logits, labels)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -122,18 +175,47 @@ class Trainer:
         found = {}
         for family in tasks.FAMILIES:
             for level in LEVELS:
-                right = 0
+                right, asked = 0, 0
                 for start in range(0, EVALUATED, 16):
                     indices = range(start, start + 16)
                     side = self.spec.side
-                    drawn = [tasks.example(family, level, "validation", i, side) for i in indices]
+                    drawn = [
+                        tasks.example(family, level, "validation", i, side, QUESTIONS)
+                        for i in indices
+                    ]
                     batch = collate(drawn, self.spec, self.arguments.blind)
-                    logits, labels = self._logits(batch)
-                    # An answer is one word and the end.
-                    right += int((logits.argmax(-1) == labels).view(-1, 2).all(1).sum())
-                found[f"{family}/{level}"] = round(right / EVALUATED, 3)
+                    batch = self._on_device(batch)
+                    logits, labels = self._logits(batch, self._features(batch))
+                    is_right = (logits.argmax(-1) == labels).tolist()
+                    lengths = [
+                        len(question.answer.split()) + 1
+                        for example in drawn
+                        for question in example.questions
+                    ]
+                    words = iter(is_right)
+                    right += sum(all(list(islice(words, length))) for length in lengths)
+                    asked += len(lengths)
+                found[f"{family}/{level}"] = round(right / asked, 3)
         self.model.train()
         return found
+
+    @torch.inference_mode()
+    def seen(self) -> dict[str, float]:
+        """Share of held-out patches that show something and are named rightly, by kind."""
+        self.model.eval()
+        right, shown = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
+        for family in tasks.FAMILIES:
+            drawn = [
+                tasks.example(family, "hard", "validation", i, self.spec.side) for i in range(8)
+            ]
+            batch = self._on_device(collate(drawn, self.spec, self.arguments.blind))
+            named = self._marks_logits(self._features(batch)).argmax(-1).cpu()
+            marks = batch.marks.cpu()
+            is_shown = marks != self.model.config.text_config.pad_token_id
+            shown += is_shown.sum((0, 1))
+            right += ((named == marks) & is_shown).sum((0, 1))
+        self.model.train()
+        return dict(zip(KINDS, (right / shown).tolist(), strict=True))
 
     def run(self, until: int) -> None:
         """Train up to step `until`; the rate follows the steps that were asked for."""
@@ -154,7 +236,7 @@ class Trainer:
                 self.log(loss=round(sum(losses) / len(losses), 4), rate=self.rate())
                 losses.clear()
             if self.step % arguments.evaluate_every == 0 or is_over:
-                self.log(accuracy=self.accuracy())
+                self.log(accuracy=self.accuracy(), seen=self.seen())
                 self.store()
                 save(self.model, self.spec, arguments.out / "model")
                 started = time.monotonic()

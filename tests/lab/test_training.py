@@ -4,13 +4,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tasks
 import torch
-from batches import IGNORED, TrainingBatches, collate, prompt_ids
+from batches import (
+    IGNORED,
+    KINDS,
+    QUESTIONS,
+    Batch,
+    TrainingBatches,
+    collate,
+    patch_marks,
+    prompt_ids,
+)
+from drawing import Mark
 from examples import LEVELS
-from lab_model import LabModel, make_processor, make_tokenizer
+from lab_model import LabModel, make_model, make_processor, make_tokenizer
 
 SPEC = LabModel(side=84, layers=1, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
 EVERY = [(family, level) for family in tasks.FAMILIES for level in LEVELS]
@@ -18,13 +29,15 @@ TRAIN = Path(__file__).parents[2] / "scripts" / "lab" / "train.py"
 
 
 @pytest.mark.parametrize(("family", "level"), EVERY)
-def test_every_word_is_known_and_an_answer_is_one(family: str, level: str) -> None:
+def test_every_word_is_known_and_an_answer_has_a_token_a_word(family: str, level: str) -> None:
     tokenizer = make_tokenizer()
-    for index in range(60):
-        one = tasks.example(family, level, "train", index, SPEC.side)
-        assert tokenizer.unk_token_id not in tokenizer(one.question).input_ids
-        (answer,) = tokenizer(one.answer, add_special_tokens=False).input_ids
-        assert tokenizer.decode([answer]) == one.answer
+    for index in range(40):
+        one = tasks.example(family, level, "train", index, SPEC.side, QUESTIONS)
+        for question in one.questions:
+            assert tokenizer.unk_token_id not in tokenizer(question.text).input_ids
+            answer = tokenizer(question.answer, add_special_tokens=False).input_ids
+            assert len(answer) == len(question.answer.split())
+            assert tokenizer.decode(answer) == question.answer
 
 
 @pytest.mark.parametrize("family", ["objects", "frames"])
@@ -38,7 +51,8 @@ def test_inputs_are_those_of_the_processor(family: str) -> None:
     expected = processor(images=one.images, text=text, return_tensors="pt")
     batch = collate([one], SPEC)
     num_prompt = expected.input_ids.shape[1]
-    assert prompt_ids(one, SPEC) == expected.input_ids[0].tolist()
+    pictures, words = prompt_ids(len(one.images), one.question, SPEC)
+    assert pictures + words == expected.input_ids[0].tolist()
     assert torch.equal(batch.input_ids[:, :num_prompt], expected.input_ids)
     assert torch.allclose(batch.pixel_values, expected.pixel_values, atol=1e-5)
 
@@ -48,8 +62,42 @@ def test_only_answers_have_labels() -> None:
     batch = collate(drawn, SPEC)
     tokenizer = make_tokenizer()
     for row, one in zip(batch.labels, drawn, strict=True):
-        answer, end = row[row != IGNORED].tolist()
-        assert (tokenizer.decode([answer]), end) == (one.answer, tokenizer.eos_token_id)
+        *answer, end = row[row != IGNORED].tolist()
+        assert (tokenizer.decode(answer), end) == (one.answer, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("family", ["charts", "frames"])
+def test_questions_side_by_side_do_not_see_each_other(family: str) -> None:
+    torch.manual_seed(0)
+    model = make_model(SPEC).eval()
+    several = tasks.example(family, "hard", "train", 0, SPEC.side, QUESTIONS)
+    assert len(several.questions) > 2
+    apart = [several._replace(questions=[question]) for question in several.questions]
+    with torch.inference_mode():
+        together = answer_logits(model, collate([several], SPEC))
+        alone = torch.cat([answer_logits(model, collate([one], SPEC)) for one in apart])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask(),
+        position_ids=batch.position_ids,
+        pixel_values=batch.pixel_values,
+    ).logits
+    return logits[:, :-1][batch.labels[:, 1:] != IGNORED]
+
+
+def test_patches_are_marked_by_what_they_show() -> None:
+    tokenizer = make_tokenizer()
+    box = (0.5, 0.5, 0.84, 0.7)
+    marks = patch_marks([Mark(box, shape="star", colour="red")], SPEC)
+    shape, colour, text, value = marks.view(6, 6, len(KINDS)).unbind(-1)
+    shown = (shape == tokenizer.convert_tokens_to_ids("star")).nonzero().tolist()
+    assert shown == [[3, 3], [3, 4]]
+    assert torch.equal(colour != tokenizer.pad_token_id, shape != tokenizer.pad_token_id)
+    assert (text == tokenizer.pad_token_id).all() and (value == tokenizer.pad_token_id).all()
 
 
 def test_a_batch_depends_on_its_index_alone() -> None:
@@ -69,7 +117,7 @@ def train(out: Path, steps: int) -> dict:
         "import sys, lab_model, train; "
         f"lab_model.PRESETS['tiny'] = lab_model.{SPEC!r}; "
         f"sys.argv = ['train.py', '--out', {str(out)!r}, '--preset', 'tiny', '--steps', '6', "
-        "'--batch', '4', '--evaluate-every', '3', '--workers', '0']; "
+        "'--tower-steps', '2', '--batch', '4', '--evaluate-every', '3', '--workers', '0']; "
         f"arguments = train.parse_arguments(); arguments.out.mkdir(exist_ok=True); "
         f"trainer = train.Trainer(arguments); trainer.run({steps})"
     )
