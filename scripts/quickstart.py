@@ -27,6 +27,7 @@ import tiny_checkpoints
 from PIL import Image, ImageDraw
 
 FOLDER = Path(__file__).parents[1] / ".cache" / "quickstart"
+LOOPBACK = "127.0.0.1"
 MODEL = tiny_checkpoints.TinyCheckpoint("llava", layers=4, hidden_size=512, sharpen=1.0)
 # Random weights attend almost uniformly, so a share of the attention mass (tau) would keep
 # nearly every token. A fixed share of the tokens shows the mechanism instead.
@@ -84,7 +85,7 @@ def read_figures(samples: Iterable[Sample]) -> Figures:
 
 
 def find_or_make_model() -> Path:
-    folder = FOLDER / "tiny-llava"
+    folder = FOLDER / f"tiny-llava-{tiny_checkpoints.key_of(MODEL)}"
     if folder.exists():
         say(f"using the random-weight LLaVA in {folder}")
         return folder
@@ -176,14 +177,14 @@ def chat_content(image: Image.Image) -> list[dict]:
 def serve(model: Path) -> Iterator[str]:
     """The address of a `vllm serve` that answers; it is stopped at the end of the block."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((LOOPBACK, 0))
         port = listener.getsockname()[1]
     command = [
         *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
         *("--attention-backend", ZIPVL["attention_backend"]),
         *("--additional-config", json.dumps(ZIPVL["additional_config"])),
         *("--served-model-name", "tiny-llava", "--enforce-eager"),
-        *("--block-size", str(BLOCK_SIZE), "--host", "127.0.0.1", "--port", str(port)),
+        *("--block-size", str(BLOCK_SIZE), "--host", LOOPBACK, "--port", str(port)),
     ]
     say(f"starting: vllm {' '.join(command[1:7])} ...")
     log = FOLDER / "server.log"
@@ -196,11 +197,11 @@ def serve(model: Path) -> Iterator[str]:
             env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"},
         )
     try:
-        wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
+        wait_until_healthy(server, f"http://{LOOPBACK}:{port}/health", log)
         for line in log.read_text(errors="replace").splitlines():
             if " zipvl: " in line:
                 say(f"its log, {log.name}: {line[line.index('zipvl: ') :]}")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{LOOPBACK}:{port}"
     finally:
         stop(server)
 
@@ -259,7 +260,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK)))
     model = find_or_make_model()
     rows = {}
     say(f"stock vLLM: {NUM_IMAGES} requests of one picture each")

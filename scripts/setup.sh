@@ -4,7 +4,8 @@
 #   bash scripts/setup.sh             # everything that the tests and the linters need
 #   bash scripts/setup.sh quickstart  # only what scripts/quickstart.sh needs
 #
-# A new environment uses the first suitable Python of $PYTHON, python3.11, python3.12, ...
+# A new environment uses $PYTHON if that is set, else the first suitable one of python3.11,
+# python3.12, python3.13 and python3.
 # What was installed is remembered by a hash of the files that decide it, so that a second
 # run takes no time.
 set -euo pipefail
@@ -20,19 +21,22 @@ esac
 say() { echo "[setup] $*"; }
 
 is_suitable() {
-    "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
+    "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
         2>/dev/null
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3.14 python3; do
+    local candidate candidates=(python3.11 python3.12 python3.13 python3)
+    if [[ -n ${PYTHON:-} ]]; then
+        candidates=("$PYTHON")
+    fi
+    for candidate in "${candidates[@]}"; do
         if is_suitable "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    echo "setup: no Python 3.11 to 3.14 with the venv module was found." >&2
+    echo "setup: no Python 3.11 to 3.13 with the venv module: ${candidates[*]}" >&2
     echo "setup: install one, or name it: PYTHON=/path/to/python3.11 bash $0" >&2
     return 1
 }

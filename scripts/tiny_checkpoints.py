@@ -12,6 +12,7 @@ Random weights attend almost uniformly; `--sharpen 3` multiplies the query and t
 
 import argparse
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -285,6 +286,12 @@ def make(spec: TinyCheckpoint, out: Path) -> None:
     weights = out / "model.safetensors"
     tensors = {published_name(name): tensor for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def key_of(spec: TinyCheckpoint) -> str:
+    """Names what `make` writes: it changes with the parameters and with this file."""
+    source = Path(__file__).read_bytes()
+    return hashlib.sha256(source + repr(spec).encode()).hexdigest()[:12]
 
 
 def parse_arguments() -> argparse.Namespace:

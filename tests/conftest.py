@@ -1,4 +1,3 @@
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,12 +16,10 @@ def checkpoint() -> Callable[..., Path]:
     The overrides are the fields of `tiny_checkpoints.TinyCheckpoint`. What is kept is found by
     the parameters and by the maker's own source, so a changed maker makes new checkpoints.
     """
-    source = Path(tiny_checkpoints.__file__).read_bytes()
 
     def find_or_make(family: str, **overrides: object) -> Path:
         spec = tiny_checkpoints.TinyCheckpoint(family, **overrides)
-        key = hashlib.sha256(source + repr(spec).encode()).hexdigest()[:12]
-        folder = CHECKPOINTS / f"{family}-{key}"
+        folder = CHECKPOINTS / f"{family}-{tiny_checkpoints.key_of(spec)}"
         if not folder.exists():
             CHECKPOINTS.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CHECKPOINTS) as unfinished:

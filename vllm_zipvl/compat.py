@@ -1,6 +1,7 @@
 """Every change to vLLM's own behaviour, each with its symptom and when it can go.
 
-`install` is idempotent and changes nothing for engines that do not select the backend.
+`install` is idempotent and changes nothing for engines that do not select the backend, except
+that on a CPU one patch mends a scan of vLLM's.
 """
 
 import sys

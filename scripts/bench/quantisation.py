@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from aligned_table import aligned
 from quantisers import SCHEMES, Scheme
 
 KEPT_SHARE = 0.286
@@ -193,8 +194,10 @@ def measure(
         by_bits = zip(*(errors(one, scheme, bits) for one in inputs), strict=True)
         for pair, values in zip(bits, by_bits, strict=True):
             sizes = (
-                scheme.bytes_per_token_head(pair, KEPT_SHARE, head_size, NUM_KV_HEADS, together)
-                for together in (num_tokens, INTERVAL)
+                scheme.bytes_per_token_head(
+                    pair, KEPT_SHARE, head_size, NUM_KV_HEADS, together, is_first
+                )
+                for together, is_first in ((num_tokens, True), (INTERVAL, False))
             )
             rows.append(
                 {
@@ -225,16 +228,7 @@ def table(
         )
         groups.setdefault(key, {})[row["scheme"]] = cell(row)
     lines += [[*key, *(cells[name] for name in SCHEMES)] for key, cells in groups.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if markdown:
-        lines.insert(1, ["-" * width for width in widths])
-    left, between, right = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(
-        left
-        + between.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + right
-        for line in lines
-    )
+    return aligned(lines, markdown)
 
 
 def report(rows: list[dict], markdown: bool) -> str:
@@ -255,7 +249,8 @@ def report(rows: list[dict], markdown: bool) -> str:
         ),
         f"Error at other precisions, mean, head size {HEAD_SIZES[-1]}, {CONTEXTS[-1]} tokens:",
         table(other, ("distribution", "bits"), lambda row: f"{row['error_mean']:.3f}", markdown),
-        f"Bytes per token and head at 4/2 bits (in brackets: {INTERVAL} tokens at a time):",
+        "Bytes per token and head at 4/2 bits (in brackets: of the tokens decoded later, "
+        f"{INTERVAL} at a time):",
         table(
             first,
             ("head_size", "num_tokens"),

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 
 from vllm_zipvl.core.geometry import PARAM_BYTES
-from vllm_zipvl.core.quantization import dequantise, quantise, rotate
+from vllm_zipvl.core.quantization import clip, dequantise, quantise, rotate
+
+CHANNEL_BYTES = 4
+"""Of a channel's figure that a request keeps outside the pages: float32."""
 
 Codec = Callable[[torch.Tensor, int], torch.Tensor]
 """Round trip of float32 [num_tokens, num_kv_heads, head_size] of one class at some bits."""
-
-CLIPPED_STEP = {2: 0.9957}
-"""Best uniform step for a unit normal variable by bits (J. Max, 1960, table II)."""
 
 
 def per_token(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -22,26 +22,13 @@ def per_token(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Hadamard rotation, then one min/max range per token and head: what the engine stores."""
+    """Hadamard rotation, then one min/max range per token and head."""
     return rotate(dequantise(quantise(rotate(x), bits)))
-
-
-def _clip(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """At 2 bits, clamp each vector to the range that is best for a normal variable.
-
-    Four levels from minimum to maximum leave most elements of a long, nearly normal vector to
-    the inner two. What is stored, and how it is read, does not change.
-    """
-    if bits not in CLIPPED_STEP:
-        return x
-    half_range = CLIPPED_STEP[bits] * (2**bits - 1) / 2 * x.std(-1, correction=0, keepdim=True)
-    mean = x.mean(-1, keepdim=True)
-    return x.clamp(mean - half_range, mean + half_range)
 
 
 def rotated_clipped(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Like `rotated`, with a clipped range."""
-    return rotate(dequantise(quantise(_clip(rotate(x), bits), bits)))
+    return rotate(dequantise(quantise(clip(rotate(x), bits), bits)))
 
 
 def per_channel(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -51,7 +38,7 @@ def per_channel(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def per_channel_clipped(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Like `per_channel`, with a clipped range."""
-    return dequantise(quantise(_clip(x.permute(1, 2, 0).contiguous(), bits), bits)).permute(2, 0, 1)
+    return dequantise(quantise(clip(x.permute(1, 2, 0).contiguous(), bits), bits)).permute(2, 0, 1)
 
 
 def channel_separable(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -84,7 +71,8 @@ class Scheme(NamedTuple):
         head_params: Parameters per token and head.
         token_params: Parameters per token, shared by its heads.
         class_params: Parameters per channel of a head, per class and compression event.
-        event_params: Parameters per channel of a head, per compression event.
+        request_params: Parameters per channel of a head, float32, taken with a request's first
+            compression and used by all later ones.
     """
 
     keys: Codec
@@ -94,7 +82,7 @@ class Scheme(NamedTuple):
     head_params: int = 0
     token_params: int = 0
     class_params: int = 0
-    event_params: int = 0
+    request_params: int = 0
 
     def statistics(self, keys: torch.Tensor) -> Statistics:
         """Take the figures of keys [num_tokens, num_kv_heads, head_size], rounded to float16."""
@@ -120,6 +108,7 @@ class Scheme(NamedTuple):
         head_size: int,
         num_kv_heads: int,
         num_tokens: int,
+        is_first: bool = True,
     ) -> float:
         """Mean bytes of a token's key and value of one head, parameters included.
 
@@ -129,6 +118,7 @@ class Scheme(NamedTuple):
             head_size: Channels per head.
             num_kv_heads: Heads that share a token's `token_params`.
             num_tokens: Tokens compressed together, evicted ones included.
+            is_first: Whether this is the request's first compression.
         """
         kept = math.ceil(kept_share * num_tokens)
         total = 0.0
@@ -137,7 +127,8 @@ class Scheme(NamedTuple):
                 total += count * 2 * head_size * width / 8
                 total += count * PARAM_BYTES * (self.head_params + self.token_params / num_kv_heads)
                 total += PARAM_BYTES * self.class_params * head_size
-        total += PARAM_BYTES * self.event_params * head_size
+        if is_first:
+            total += CHANNEL_BYTES * self.request_params * head_size
         return total / num_tokens
 
 
@@ -146,8 +137,9 @@ SCHEMES = {
     "channel": Scheme(per_channel, channel_separable, token_params=2, class_params=3),
     "rotated": Scheme(rotated, rotated, head_params=4),
     "clipped": Scheme(rotated_clipped, rotated_clipped, head_params=4),
-    "centred": Scheme(rotated_clipped, rotated_clipped, True, head_params=4, event_params=1),
-    "scaled": Scheme(rotated_clipped, rotated_clipped, True, True, head_params=4, event_params=2),
+    "centred": Scheme(rotated_clipped, rotated_clipped, True, head_params=4, request_params=1),
+    # What the engine stores.
+    "scaled": Scheme(rotated_clipped, rotated_clipped, True, True, head_params=4, request_params=2),
     "mixed": Scheme(per_channel_clipped, rotated_clipped, head_params=2, class_params=2),
 }
 """By name: (a) plain, (b) channel, (c) rotated, and hybrids.

@@ -8,7 +8,8 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,12 +150,10 @@ def serve(requests: list[Request], max_tokens: int, batch: int | None = None) ->
     """Run requests to exactly `max_tokens` tokens each."""
     watch = Watch(batch)
     prompts = [_prompt(request) for request in requests]
-    undo = _observe(watch)
     _take_statistics()
-    try:
+    with _observed(watch) as span:
         outputs = _llm.generate(prompts, _parameters(max_tokens), use_tqdm=False)
-    finally:
-        seconds, cpu_seconds = undo()
+    seconds, cpu_seconds = span()
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     if num_tokens != max_tokens * len(requests):
         raise RuntimeError(f"{num_tokens} tokens from {len(requests)} x {max_tokens}")
@@ -216,10 +215,11 @@ def _picture(draw: random.Random) -> Image.Image:
     return small.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.NEAREST)
 
 
-def _observe(watch: Watch) -> Callable[[], tuple[float, ...]]:
-    """Watch the scheduler until the returned function is called.
+@contextmanager
+def _observed(watch: Watch) -> Iterator[Callable[[], tuple[float, ...]]]:
+    """Watch the scheduler while the block runs.
 
-    That one returns wall time and CPU time from the first step to the last.
+    What it gives returns wall time and CPU time from the first step to the last.
     """
     scheduler = _scheduler()
     schedule, update = scheduler.schedule, scheduler.update_from_output
@@ -244,12 +244,14 @@ def _observe(watch: Watch) -> Callable[[], tuple[float, ...]]:
         ended.append((time.perf_counter(), time.process_time()))
         return result
 
-    def undo() -> tuple[float, ...]:
-        del scheduler.schedule, scheduler.update_from_output
+    def span() -> tuple[float, ...]:
         return tuple(end - begin for begin, end in zip(begun[0], ended[-1], strict=True))
 
     scheduler.schedule, scheduler.update_from_output = watched_schedule, watched_update
-    return undo
+    try:
+        yield span
+    finally:
+        del scheduler.schedule, scheduler.update_from_output
 
 
 def _only_decodes(output: Any) -> bool:

@@ -131,7 +131,7 @@ def engines(
     """One engine per method, side by side."""
     started: list[Host] = []
     try:
-        for host, method in zip(processes, methods, strict=False):
+        for host, method in zip(processes[: len(methods)], methods, strict=True):
             host.start(model, method, pool_bytes, **settings)
             started.append(host)
         yield started

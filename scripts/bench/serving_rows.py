@@ -5,6 +5,8 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+from aligned_table import aligned
+
 Row = dict[str, Any]
 COLUMNS = ("op", "shape", "method", "measured", "stock", "ratio", "kept", "KV bytes")
 
@@ -77,11 +79,7 @@ def table(rows: Sequence[Row]) -> str:
         op, shape = "" if same_op else row["op"], "" if same_shape else row["shape"]
         lines.append((op, shape, row["method"], *_figures(row)))
         previous = row
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def _figures(row: Row) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 import torch
 import vllm._custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-ISA = "vec"
+from vllm_zipvl.core.geometry import cdiv
+
 BLOCK_SIZE = 32
 
 
@@ -18,7 +20,8 @@ class StockAttention:
     def __init__(self, query: torch.Tensor, num_rows: int, context_len: int, kv_heads: int) -> None:
         self.query, self.out = query, torch.empty_like(query)
         num_heads, head_size = query.shape[1:]
-        num_blocks = -(-context_len // BLOCK_SIZE)
+        num_blocks = cdiv(context_len, BLOCK_SIZE)
+        self._isa = _get_attn_isa(query.dtype, BLOCK_SIZE, head_size, "auto")
         cache = torch.randn(num_rows * num_blocks, kv_heads, 2 * BLOCK_SIZE, head_size)
         self._key_cache, self._value_cache = cache.to(query.dtype).chunk(2, dim=2)
         self._block_table = torch.randperm(num_rows * num_blocks).int().view(num_rows, -1)
@@ -30,13 +33,13 @@ class StockAttention:
         # vLLM plans once per step for all layers, so this is not timed.
         self._plan = ops.cpu_attn_get_scheduler_metadata(
             num_rows, num_heads, kv_heads, head_size, self._seq_lens, query.dtype,
-            self._query_start_loc, True, -1, ISA, True,
+            self._query_start_loc, True, -1, self._isa, True,
         )  # fmt: skip
 
     def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the first row's keys and values into its blocks."""
         ops.cpu_attn_reshape_and_cache(
-            key, value, self._key_cache, self._value_cache, self._slots, ISA
+            key, value, self._key_cache, self._value_cache, self._slots, self._isa
         )
 
     def attend(self) -> torch.Tensor:

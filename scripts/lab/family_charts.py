@@ -1,5 +1,6 @@
 """Bar, line and pie charts with values to read and to compare (after ChartQA)."""
 
+import math
 from random import Random
 
 from drawing import COLOURS, Mark, texture, write
@@ -78,10 +79,14 @@ def _pie(random: Random, side: int, num: int) -> Case:
     colours = random.sample(_BRIGHT, num)
     weights = [random.randint(1, 9) for _ in colours]
     pen, angle = ImageDraw.Draw(image), random.uniform(0, 360)
+    marks = []
     box = (0.15 * side, 0.15 * side, 0.85 * side, 0.85 * side)
     for colour, weight in zip(colours, weights, strict=True):
         turn = 360 * weight / sum(weights)
         pen.pieslice(box, angle, angle + turn, fill=COLOURS[colour], outline=(30, 30, 30))
+        middle = math.radians(angle + turn / 2)
+        x, y = 0.5 + 0.22 * math.cos(middle), 0.5 + 0.22 * math.sin(middle)
+        marks.append(Mark((x - 0.05, y - 0.05, x + 0.05, y + 0.05), colour=colour))
         angle += turn
     parts = dict(zip(colours, weights, strict=True))
 
@@ -102,7 +107,7 @@ def _pie(random: Random, side: int, num: int) -> Case:
     # Equal parts cannot be asked about, so that a pie of them alone would have no question.
     if max(weights) - min(weights) < 2:
         return _pie(random, side, num)
-    return Case([image], [[]], lambda random: random.choice((extreme, compare))(random))
+    return Case([image], [marks], lambda random: random.choice((extreme, compare))(random))
 
 
 def draw(random: Random, level: str, side: int) -> Case:

@@ -23,8 +23,8 @@ from examples import LEVELS
 from lab_model import PRESETS, LabModel, make_model, save
 
 WARM_UP_STEPS = 200
-MARKS_WEIGHT = 0.5
-"""Of the loss over what patches show, beside the loss over answers."""
+SIGHT_WEIGHT = 0.5
+"""Of the vision tower's own loss, beside the loss over answers."""
 EVALUATED = 48
 """Held-out pictures per family and level at an evaluation, with `QUESTIONS` each."""
 
@@ -60,8 +60,10 @@ class Trainer:
         vocab = self.model.config.text_config.vocab_size
         # Names what each patch shows, so that the tower learns to see before it is asked.
         self.marks_head = torch.nn.Linear(self.spec.vision_hidden_size, len(KINDS) * vocab)
-        self.marks_head.to(self.device)
-        parameters = [*self.model.parameters(), *self.marks_head.parameters()]
+        # Says from the class token which words a picture shows, as contrastive training would.
+        self.words_head = torch.nn.Linear(self.spec.vision_hidden_size, vocab)
+        self.heads = torch.nn.ModuleList([self.marks_head, self.words_head]).to(self.device)
+        parameters = [*self.model.parameters(), *self.heads.parameters()]
         decayed = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}]
@@ -76,7 +78,7 @@ class Trainer:
         if state["spec"] != dataclasses.asdict(self.spec) or state["seed"] != self.arguments.seed:
             raise SystemExit(f"{self.state_file} is of another run: {state['spec']}; choose --out")
         self.model.load_state_dict(state["model"])
-        self.marks_head.load_state_dict(state["marks_head"])
+        self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds = state["step"], state["seconds"]
 
@@ -86,7 +88,7 @@ class Trainer:
             "spec": dataclasses.asdict(self.spec),
             "seed": self.arguments.seed,
             "model": self.model.state_dict(),
-            "marks_head": self.marks_head.state_dict(),
+            "heads": self.heads.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -120,23 +122,33 @@ class Trainer:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
     def _features(self, batch: Batch) -> torch.Tensor:
-        """What the projector sees, [num_images, tokens_per_image, vision_hidden_size]."""
+        """Class token and patches, [num_images, 1 + tokens_per_image, vision_hidden_size]."""
         with self._autocast():
             states = self.model.model.vision_tower(
                 batch.pixel_values, output_hidden_states=True
             ).hidden_states
-        return states[self.model.config.vision_feature_layer][:, 1:]
+        return states[self.model.config.vision_feature_layer]
 
     def _marks_logits(self, features: torch.Tensor) -> torch.Tensor:
         """[num_images, tokens_per_image, len(KINDS), vocab]."""
-        return self.marks_head(features.float()).unflatten(-1, (len(KINDS), -1))
+        return self.marks_head(features[:, 1:].float()).unflatten(-1, (len(KINDS), -1))
+
+    def _sight_loss(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
+        """Of naming what the patches show, and which words the picture shows at all."""
+        marks = self._marks_logits(features).flatten(0, 2)
+        of_patches = torch.nn.functional.cross_entropy(marks, batch.marks.flatten())
+        words = self.words_head(features[:, 0].float())
+        shown = torch.zeros_like(words).scatter_(1, batch.marks.flatten(1), 1)
+        return of_patches + torch.nn.functional.binary_cross_entropy_with_logits(words, shown)
 
     def _logits(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the answers' tokens alone: logits [num_answer_tokens, vocab] and labels."""
         model = self.model.model
         with self._autocast():
             embeddings = model.get_input_embeddings()(batch.input_ids)
-            pictures = model.multi_modal_projector(features).flatten(0, 1).to(embeddings.dtype)
+            pictures = (
+                model.multi_modal_projector(features[:, 1:]).flatten(0, 1).to(embeddings.dtype)
+            )
             is_picture = batch.input_ids == self.model.config.image_token_id
             embeddings = embeddings.masked_scatter(is_picture[..., None], pictures)
             output = model.language_model(
@@ -154,10 +166,9 @@ class Trainer:
             group["lr"] = self.rate()
         batch = self._on_device(batch)
         features = self._features(batch)
-        marks = self._marks_logits(features).flatten(0, 2)
-        loss = MARKS_WEIGHT * torch.nn.functional.cross_entropy(marks, batch.marks.flatten())
-        if self.arguments.blind:
-            loss = 0 * loss
+        # Grey pictures show nothing that could be named.
+        weight = 0.0 if self.arguments.blind else SIGHT_WEIGHT
+        loss = weight * self._sight_loss(batch, features)
         if self._is_whole:
             logits, labels = self._logits(batch, features)
             loss = loss + torch.nn.functional.cross_entropy(logits, labels)

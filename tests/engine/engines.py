@@ -10,7 +10,7 @@ about 5 s in process and 30 s with processes.
 import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
 
 Processes = Literal["none", "workers", "all"]
 
@@ -93,9 +94,14 @@ def shut_down(llm: "LLM") -> None:
     gc.collect()
 
 
+def scheduler_of(llm: "LLM") -> "Scheduler":
+    """The scheduler; needs the engine core in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
 def kv_cache_manager(llm: "LLM") -> "KVCacheManager":
     """The scheduler's cache manager; needs the engine core in this process."""
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    return scheduler_of(llm).kv_cache_manager
 
 
 def block_pool(llm: "LLM") -> "BlockPool":
@@ -137,6 +143,16 @@ def prompt(text: str, *images: Image.Image) -> dict[str, Any]:
     if images:
         request["multi_modal_data"] = {"image": list(images)}
     return request
+
+
+def tokens(ids: Iterable[int]) -> dict[str, Any]:
+    """A prompt of these token ids."""
+    return {"prompt_token_ids": list(ids)}
+
+
+def words(start: int, num: int) -> dict[str, Any]:
+    """A prompt of `num` of the 700 ids from 300 on, which follow each other in a circle."""
+    return tokens(300 + (start + i) % 700 for i in range(num))
 
 
 def generate(

@@ -180,7 +180,7 @@ def through_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def count(mass: torch.Tensor, config: ZipVLConfig) -> int:
-    """Rule 4."""
+    """How many to keep: by `ratio`, or the fewest that carry the share `tau` of the mass."""
     if config.ratio is not None:
         return math.ceil(config.ratio * len(mass))
     if config.tau == 1:
@@ -196,7 +196,7 @@ def top(scores: torch.Tensor, num: int) -> torch.Tensor:
 
 
 class Request:
-    """One request on its way through the algorithm, section 2 of the design."""
+    """One request on its way through the algorithm."""
 
     def __init__(
         self,
@@ -243,8 +243,6 @@ class Request:
     def _num_compressible(self, n: int) -> int:
         return num_compressible(n, self.config.residual, self.block_size)
 
-    # The prompt.
-
     def prefill(self, tokens: torch.Tensor, is_last: bool) -> torch.Tensor:
         start, end = self.num_tokens, self.num_tokens + len(tokens)
         config = self.config
@@ -275,7 +273,7 @@ class Request:
     def _probe(
         self, layer: Layer, rows: torch.Tensor, queries: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Rules 1 to 3: a, c, and the number of recent probes."""
+        """Raw mass by token, probes that may see each, and the number of recent probes."""
         config = self.config
         start, n = int(rows[0]), self.num_tokens
         probes = probe_positions(config.seed, start, n, config.probe_recent, config.probe_random)
@@ -297,7 +295,7 @@ class Request:
         return mass, visible, len(probes.recent)
 
     def _choose(self, mass: torch.Tensor, visible: torch.Tensor, num_recent: int) -> Choice:
-        """Rules 4 and 5."""
+        """The count from raw mass, the tokens by mass per probe that may see them."""
         num = count(mass, self.config)
         scores = mass / visible
         always = torch.arange(len(mass)) >= len(mass) - num_recent
@@ -319,8 +317,6 @@ class Request:
             mine = Choice(choice.mass, choice.scores, num, choice.always, kept[:end])
             self._compress(i, 0, end, self._settle(Event("prompt", end, i), mine))
         self.compressed_len = end
-
-    # Decode.
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
         """One step and, after it, the compression of the prompt or of the tail if it is due.

@@ -6,9 +6,8 @@ ones), dense blocks go back, tails are compressed while decoding. This test anch
 
 import pytest
 from engines import draw_image, engine, generate, prompt
-from zipvl_engine import assert_counted_whole, zipvl_engine
+from zipvl_engine import KEEP_ALL, assert_counted_whole, compressing, zipvl_engine
 
-KEEP_ALL = {"tau": 1.0, "high_bits": 16, "low_bits": 16, "interval": 32}
 QUESTIONS = ("What is it?", "Where is it?", "How many?", "Which colour? " * 30)
 MAX_TOKENS = 72
 
@@ -39,8 +38,11 @@ def test_same_tokens_as_stock(checkpoint, family):
         expected = generate(llm, requests, MAX_TOKENS)
     assert len(requests) == 8
     with zipvl_engine(model, KEEP_ALL, **common) as llm:
-        assert generate(llm, requests, MAX_TOKENS) == expected, "whole prompts"
-        assert generate(llm, requests, MAX_TOKENS) == expected, "cached prefixes"
+        with compressing(llm):
+            assert generate(llm, requests, MAX_TOKENS) == expected, "whole prompts"
+        with compressing(llm):
+            assert generate(llm, requests, MAX_TOKENS) == expected, "cached prefixes"
         assert_counted_whole(llm)
-    with zipvl_engine(model, KEEP_ALL, max_num_batched_tokens=256, **common) as llm:
+    chunked = {"max_num_batched_tokens": 256, **common}
+    with zipvl_engine(model, KEEP_ALL, **chunked) as llm, compressing(llm):
         assert generate(llm, requests, MAX_TOKENS) == expected, "prompts in chunks"

@@ -3,24 +3,26 @@
 Most tests keep everything at full precision: then the right answer is stock vLLM's.
 """
 
-import pytest
-from engines import assert_pool_whole, engine, generate
-from zipvl_engine import assert_counted_whole, manager_of, zipvl_engine
+from contextlib import contextmanager
 
-KEEP_ALL = {"tau": 1.0, "high_bits": 16, "low_bits": 16, "interval": 32}
-LOSSY = {"ratio": 0.4, "min_tokens": 128, "interval": 32, "residual": 16}
+import pytest
+from engines import assert_pool_whole, engine, generate, scheduler_of, tokens, words
+from zipvl_engine import (
+    KEEP_ALL,
+    LOSSY,
+    assert_counted_whole,
+    compressing,
+    manager_of,
+    worker_of,
+    zipvl_engine,
+)
+
 COMMON = {"dtype": "float32", "max_model_len": 1024}
 MAX_TOKENS = 90
 
-
-def tokens(start: int, num: int) -> dict:
-    return {"prompt_token_ids": [300 + (start + i) % 700 for i in range(num)]}
-
-
 # Their prompts fit side by side, their answers do not.
-GROWING = [tokens(89 * i, 60 + 20 * i) for i in range(8)]
+GROWING = [words(89 * i, 60 + 20 * i) for i in range(8)]
 GROWN = 160
-REQUESTS = [tokens(97 * i, num) for i, num in enumerate((500, 320, 40, 610, 200, 450))]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +30,22 @@ def model(checkpoint):
     return checkpoint("llama", dtype="float32")
 
 
-def num_preemptions(llm) -> int:
-    metrics = {metric.name: metric for metric in llm.get_metrics()}
-    return metrics["vllm:num_preemptions"].value
+@contextmanager
+def preemptions(llm):
+    """The requests that are preempted while the block runs: `(request id, tokens generated)`."""
+    scheduler = scheduler_of(llm)
+    preempt = scheduler._preempt_request
+    noted = []
+
+    def noting_preempt(request, *args, **kwargs):
+        noted.append((request.request_id, request.num_output_tokens))
+        preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = noting_preempt
+    try:
+        yield noted
+    finally:
+        del scheduler._preempt_request
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +60,66 @@ def test_preempted_requests_give_the_same_tokens(model, grown, num_blocks):
     small = {
         "num_gpu_blocks_override": num_blocks,
         "max_num_batched_tokens": 256,
-        "disable_log_stats": False,
         "dtype": "float32",
         "max_model_len": 512,
     }
     with zipvl_engine(model, KEEP_ALL, **small) as llm:
-        before = num_preemptions(llm)
-        assert generate(llm, GROWING, GROWN) == grown
-        assert num_preemptions(llm) > before, "the pool was not too small"
-        # Once more, with whatever prefixes are still cached: hits reach into generated tokens.
+        with preemptions(llm) as preempted, compressing(llm):
+            assert generate(llm, GROWING, GROWN) == grown
+        assert preempted, "the pool was not too small"
+        # Once more, with whatever prefixes are still cached.
         assert generate(llm, GROWING, GROWN) == grown
         assert_counted_whole(llm)
+
+
+def test_hits_reach_beyond_the_prompt_after_a_preemption(model, monkeypatch):
+    """A resumed request finds the blocks of the tokens that it had generated."""
+    from vllm import SamplingParams
+
+    request = words(0, 100)
+    with engine(model, **COMMON) as llm:
+        (expected,) = generate(llm, [request], GROWN)
+    with zipvl_engine(model, KEEP_ALL, **COMMON) as llm, compressing(llm):
+        llm_engine, scheduler, worker = llm.llm_engine, scheduler_of(llm), worker_of()
+        begin_step, starts = worker.begin_step, []
+
+        def noting_begin_step(plan):
+            starts.extend(chunk.start for chunk in plan.chunks)
+            begin_step(plan)
+
+        monkeypatch.setattr(worker, "begin_step", noting_begin_step)
+        parameters = SamplingParams(temperature=0, max_tokens=GROWN, ignore_eos=True)
+        llm_engine.add_request("preempted", request, parameters)
+        for _ in range(120):
+            llm_engine.step()
+        running = scheduler.running.pop()
+        assert manager_of(llm).heaps[running.request_id].compressed_len > 128
+        scheduler._preempt_request(running, 0.0)
+        while llm_engine.has_unfinished_requests():
+            outputs = llm_engine.step()
+    assert starts == [0, 192], "219 tokens were computed, 6 blocks of which are full"
+    assert list(outputs[0].outputs[0].token_ids) == expected
 
 
 def test_a_small_pool_with_lossy_settings(model):
-    with zipvl_engine(model, LOSSY, num_gpu_blocks_override=40, **COMMON) as llm:
-        outputs = generate(llm, REQUESTS, MAX_TOKENS)
-        assert [len(output) for output in outputs] == [MAX_TOKENS] * len(REQUESTS)
+    """Until it is preempted, a request gets the tokens that it gets in a pool for all."""
+    lossy = {**LOSSY, "high_bits": 16, "low_bits": 8}
+    settings = {"max_num_batched_tokens": 4096, "dtype": "float32", "max_model_len": 384}
+    with zipvl_engine(model, lossy, **settings) as llm:
+        with preemptions(llm) as preempted, compressing(llm):
+            expected = generate(llm, GROWING, GROWN)
+        assert not preempted
+    with zipvl_engine(model, lossy, num_gpu_blocks_override=26, **settings) as llm:
+        with preemptions(llm) as preempted, compressing(llm):
+            outputs = generate(llm, GROWING, GROWN)
         assert_counted_whole(llm)
+    assert preempted, "the pool was not too small"
+    assert [len(output) for output in outputs] == [GROWN] * len(GROWING)
+    # vLLM appends to the ids that it gives out, and these count the requests from 0 on.
+    undisturbed = {int(key.split("-")[0]): num for key, num in reversed(preempted)}
+    for i, (output, alone) in enumerate(zip(outputs, expected, strict=True)):
+        num = undisturbed.get(i, GROWN)
+        assert output[:num] == alone[:num], (i, num)
 
 
 def cached_tokens(llm, request) -> int:
@@ -75,8 +132,8 @@ def cached_tokens(llm, request) -> int:
 
 def test_freed_blocks_still_hit(model):
     with zipvl_engine(model, LOSSY, **COMMON) as llm:
-        first = tokens(0, 600)
-        second = {"prompt_token_ids": first["prompt_token_ids"][:580] + [301] * 20}
+        first = words(0, 600)
+        second = tokens(first["prompt_token_ids"][:580] + [301] * 20)
         assert cached_tokens(llm, first) == 0
         assert cached_tokens(llm, second) == 576
         assert_pool_whole(llm)
@@ -85,20 +142,21 @@ def test_freed_blocks_still_hit(model):
 def test_exact_sharing_keeps_sparse_blocks_out(model):
     exact = {**LOSSY, "prefix_sharing": "exact"}
     with zipvl_engine(model, exact, **COMMON) as llm:
-        assert cached_tokens(llm, tokens(0, 600)) == 0
-        assert cached_tokens(llm, tokens(0, 600)) == 0, "sparsely prefilled"
-        assert cached_tokens(llm, tokens(9, 100)) == 0
-        assert cached_tokens(llm, tokens(9, 100)) == 96, "densely prefilled"
+        assert cached_tokens(llm, words(0, 600)) == 0
+        assert cached_tokens(llm, words(0, 600)) == 0, "sparsely prefilled"
+        assert cached_tokens(llm, words(9, 100)) == 0
+        assert cached_tokens(llm, words(9, 100)) == 96, "densely prefilled"
 
 
 def test_live_requests_share_a_prefix_and_overwrite_nothing(model):
-    prefix = tokens(0, 512)["prompt_token_ids"]
-    requests = [{"prompt_token_ids": prefix + [310 + i] * 40} for i in range(4)]
+    prefix = words(0, 512)["prompt_token_ids"]
+    requests = [tokens(prefix + [310 + i] * 40) for i in range(4)]
     with engine(model, **COMMON) as llm:
         expected = generate(llm, requests, MAX_TOKENS)
     with zipvl_engine(model, KEEP_ALL, **COMMON) as llm:
         generate(llm, requests[:1], 1)
-        assert generate(llm, requests, MAX_TOKENS) == expected
+        with compressing(llm):
+            assert generate(llm, requests, MAX_TOKENS) == expected
         # Its blocks were freed by four compressions; a hit on them must still be intact.
         assert cached_tokens(llm, requests[0]) >= 512
         assert generate(llm, requests[:1], MAX_TOKENS) == expected[:1]
@@ -106,7 +164,7 @@ def test_live_requests_share_a_prefix_and_overwrite_nothing(model):
 
 def test_freed_memory_is_used_by_others(model):
     """Four requests that would not fit side by side run at once, because each one shrinks."""
-    requests = [tokens(61 * i, 600) for i in range(4)]
+    requests = [words(61 * i, 600) for i in range(4)]
     with zipvl_engine(model, LOSSY, num_gpu_blocks_override=54, **COMMON) as llm:
         manager = manager_of(llm)
         most = 0

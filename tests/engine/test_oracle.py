@@ -305,7 +305,7 @@ class Stretch(NamedTuple):
 
 @dataclass
 class Tally:
-    """Figures of one engine, printed with `-s`."""
+    """Figures of one engine, shown where too much is undecided."""
 
     sets: int = 0
     tokens: int = 0
@@ -391,8 +391,7 @@ def test_engine_equals_the_algorithm(name, salient, oracles, monkeypatch):
         truth, *eager = traces(oracles, model, arguments)
         assert_same_sets(served, truth, Bounds(truth, eager[0], config), tally)
         assert_same_logits(served, truth, eager, tally)
-    print(f"\n{name}: {tally.describe()}")
-    assert tally.undecided <= tally.tokens / 1000
+    assert tally.undecided <= tally.tokens / 1000, tally.describe()
 
 
 def check_chunks(served: Served, size: int | None) -> None:

@@ -1,21 +1,44 @@
 """Requests of every kind on one engine, with lossy settings; the pool is whole after each."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from engines import assert_pool_whole, generate
-from zipvl_engine import assert_counted_whole, manager_of, worker_of, zipvl_engine
+import torch
+from engines import assert_pool_whole, engine, generate, tokens
+from zipvl_engine import (
+    LOSSY,
+    assert_counted_whole,
+    confirmations,
+    manager_of,
+    worker_of,
+    zipvl_engine,
+)
 
-LOSSY = {"ratio": 0.4, "min_tokens": 128, "interval": 32, "residual": 16}
+EPS = torch.finfo(torch.float32).eps
 MAX_MODEL_LEN = 512
+SETTINGS = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 2048}
 LONG = list(range(300, 600))
+SHORT = {1: 40, 2: 40, 31: 18, 33: 16, 127: 2}
+"""By length of the prompt, the tokens that follow before anything compressed is read."""
 
 
 @pytest.fixture(scope="module")
-def shared_llm(checkpoint):
-    model = checkpoint("llama", dtype="float32")
-    settings = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 2048}
-    with zipvl_engine(model, LOSSY, **settings) as llm:
+def model(checkpoint):
+    return checkpoint("llama", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    """Stock vLLM's answers to prompts of `SHORT` lengths, and its prompt logprobs of `LONG`."""
+    with engine(model, **SETTINGS) as llm:
+        answers = {num: generate(llm, [tokens(LONG[:num])], max_tokens=40)[0] for num in SHORT}
+        return SimpleNamespace(answers=answers, prompt_logprobs=prompt_logprobs(llm))
+
+
+@pytest.fixture(scope="module")
+def shared_llm(model, stock):
+    with zipvl_engine(model, LOSSY, **SETTINGS) as llm:
         yield llm
 
 
@@ -27,8 +50,14 @@ def llm(shared_llm):
     shared_llm.reset_prefix_cache()
 
 
-def tokens(ids: list[int]) -> dict:
-    return {"prompt_token_ids": ids}
+def prompt_logprobs(llm):
+    """Of `LONG`: a `{token id: Logprob}` per token but the first."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    (output,) = llm.generate([tokens(LONG)], parameters, use_tqdm=False)
+    assert output.prompt_logprobs[0] is None
+    return output.prompt_logprobs[1:]
 
 
 def test_output_does_not_depend_on_the_batch(llm):
@@ -63,10 +92,14 @@ def test_tails_are_compressed_again_and_again(llm):
     assert planned[-1].end == 256
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 33, 127, 128])
-def test_short_prompts(llm, length):
-    (output,) = generate(llm, [tokens(LONG[:length])], max_tokens=40)
+@pytest.mark.parametrize("length", SHORT)
+def test_short_prompts_prefill_densely(llm, stock, length):
+    with confirmations(llm) as confirmed:
+        (output,) = generate(llm, [tokens(LONG[:length])], max_tokens=40)
     assert len(output) == 40
+    num_exact = SHORT[length]
+    assert bool(confirmed) == (num_exact < 40)
+    assert output[:num_exact] == stock.answers[length][:num_exact]
 
 
 def test_a_prompt_and_answer_of_max_model_len(llm):
@@ -85,23 +118,40 @@ def test_a_longer_prompt_is_refused_and_the_next_one_answered(llm):
 
 def test_parallel_sampling_shares_the_prompt(llm):
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     parameters = SamplingParams(n=2, temperature=1.0, seed=1, max_tokens=60, ignore_eos=True)
-    (output,) = llm.generate([tokens(LONG)], parameters, use_tqdm=False)
+    parameters.output_kind = RequestOutputKind.FINAL_ONLY
+    llm.llm_engine.add_request("twins", tokens(LONG), parameters)
+    llm.llm_engine.step()
+    held = [[b.block_id for b in blocks] for blocks in manager_of(llm).req_to_blocks.values()]
+    assert [len(blocks) for blocks in held] == [10, 10]
+    assert held[0][:9] == held[1][:9], "the full blocks of the prompt"
+    assert held[0][9] != held[1][9]
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
+    (output,) = outputs
     first, second = (list(completion.token_ids) for completion in output.outputs)
     assert len(first) == len(second) == 60
     assert first != second
 
 
-def test_logprobs_and_prompt_logprobs(llm):
+def test_logprobs(llm):
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=5, logprobs=3, ignore_eos=True)
     (output,) = llm.generate([tokens(LONG)], greedy, use_tqdm=False)
-    assert all(len(step) >= 3 for step in output.outputs[0].logprobs)
-    dense = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-    (output,) = llm.generate([tokens(LONG)], dense, use_tqdm=False)
-    assert len(output.prompt_logprobs) == len(LONG)
+    (completion,) = output.outputs
+    for token_id, step in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert len(step) >= 3
+        assert step[token_id].logprob == max(entry.logprob for entry in step.values())
+
+
+def test_prompt_logprobs_are_stock_vllms(llm, stock):
+    found = prompt_logprobs(llm)
+    for token_id, own, expected in zip(LONG[1:], found, stock.prompt_logprobs, strict=True):
+        assert own[token_id].rank == expected[token_id].rank
+        assert own[token_id].logprob == pytest.approx(expected[token_id].logprob, rel=32 * EPS)
 
 
 def test_structured_output(llm):
@@ -115,36 +165,7 @@ def test_structured_output(llm):
     assert set(json.loads(output.outputs[0].text)) == {"n"}
 
 
-def run_until(engine, condition, limit: int = 200) -> None:
-    for _ in range(limit):
-        if condition():
-            return
-        engine.step()
-    raise AssertionError("never reached")
-
-
-@pytest.mark.parametrize("phase", ["prefill", "before compression", "before the report", "decode"])
-def test_abort(llm, phase):
-    from vllm import SamplingParams
-
-    engine, manager = llm.llm_engine, manager_of(llm)
-    parameters = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
-    engine.add_request("aborted", tokens(LONG), parameters)
-    engine.add_request("kept", tokens([5, *LONG]), parameters)
-
-    def state():
-        return next((s for key, s in manager.heaps.items() if key.startswith("aborted")), None)
-
-    reached = {
-        "prefill": lambda: True,
-        "before compression": lambda: bool(manager.awaiting),
-        "before the report": lambda: state() is not None and state().prompt_is_compressed,
-        "decode": lambda: state() is not None and state().compressed_len > 288,
-    }
-    run_until(engine, reached[phase])
-    engine.abort_request(["aborted"])
-    outputs = []
-    while engine.has_unfinished_requests():
-        outputs += [out for out in engine.step() if out.finished]
-    assert [out.request_id for out in outputs] == ["kept"]
-    assert len(outputs[0].outputs[0].token_ids) == 100
+def test_a_second_engine_in_this_process_is_refused(llm):
+    """vLLM would hand it the first one's connector, and its answers would be wrong."""
+    with pytest.raises(RuntimeError, match="one engine at a time in a process"):
+        worker_of().register({})

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engines import generate
-from zipvl_engine import zipvl_engine
+from engines import generate, words
+from zipvl_engine import LOSSY, zipvl_engine
 
 TESTS = Path(__file__).parents[1]
-LOSSY = {"ratio": 0.4, "min_tokens": 64, "interval": 32, "residual": 16}
+ZIPVL = {**LOSSY, "min_tokens": 64}
 SETTINGS = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -18,10 +18,7 @@ SETTINGS = {
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 64,
 }
-REQUESTS = [
-    {"prompt_token_ids": [300 + (41 * i + j) % 700 for j in range(num)]}
-    for i, num in enumerate((150, 40, 97))
-]
+REQUESTS = [words(41 * i, num) for i, num in enumerate((150, 40, 97))]
 MAX_TOKENS = 50
 
 PROGRAM = """
@@ -40,10 +37,10 @@ print("tokens", json.dumps(tokens))
 
 def test_same_tokens_as_runner_v1(checkpoint):
     model = checkpoint("llama", dtype="float32")
-    with zipvl_engine(model, LOSSY, **SETTINGS) as llm:
+    with zipvl_engine(model, ZIPVL, **SETTINGS) as llm:
         assert not llm.llm_engine.vllm_config.use_v2_model_runner
         expected = generate(llm, REQUESTS, MAX_TOKENS)
-    arguments = json.dumps([str(model), LOSSY, SETTINGS, REQUESTS, MAX_TOKENS])
+    arguments = json.dumps([str(model), ZIPVL, SETTINGS, REQUESTS, MAX_TOKENS])
     paths = [TESTS / "interpreted_triton", TESTS / "engine"]
     environment = {
         **os.environ,

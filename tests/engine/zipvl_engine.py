@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from vllm_zipvl.backend.worker import ZipVLWorker
+    from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
+
+KEEP_ALL = {"tau": 1.0, "high_bits": 16, "low_bits": 16, "interval": 32}
+LOSSY = {"ratio": 0.4, "min_tokens": 128, "interval": 32, "residual": 16}
 
 
 @contextmanager
@@ -41,6 +45,35 @@ def worker_of() -> "ZipVLWorker":
     worker = get_kv_transfer_group().worker
     assert worker is not None
     return worker
+
+
+@contextmanager
+def confirmations(llm: "LLM") -> Iterator[dict[int, "CompressionPlan | None"]]:
+    """By plan id, what workers report while the block runs; None if its request was freed."""
+    manager = manager_of(llm)
+    confirm = manager.confirm
+    confirmed: dict[int, CompressionPlan | None] = {}
+
+    def noting_confirm(plan_id: int, report: "CompressionReport") -> Any:
+        state = manager.unreported.get(plan_id)
+        confirmed[plan_id] = state and state.pending
+        return confirm(plan_id, report)
+
+    manager.confirm = noting_confirm
+    try:
+        yield confirmed
+    finally:
+        del manager.confirm
+
+
+@contextmanager
+def compressing(llm: "LLM") -> Iterator[None]:
+    """Assert that prompts and tails are compressed while the block runs."""
+    with confirmations(llm) as confirmed:
+        yield
+    kinds = [plan.is_prompt for plan in confirmed.values() if plan is not None]
+    assert True in kinds, "no prompt was compressed"
+    assert False in kinds, "no tail was compressed"
 
 
 def assert_counted_whole(llm: "LLM") -> None:

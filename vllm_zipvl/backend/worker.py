@@ -60,8 +60,15 @@ class ZipVLWorker:
         """Take over the KV cache that vLLM allocated.
 
         Raises:
+            RuntimeError: A second engine of this process comes along: vLLM has one connector, and
+                with it one worker, for all engines of a process.
             ValueError: Its memory is not laid out as blocks of all layers, one after another.
         """
+        if self.heap is not None:
+            raise RuntimeError(
+                "zipvl serves one engine at a time in a process: shut the other one down, or give "
+                "each a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING=1)"
+            )
         self._layer_index = {name: i for i, name in enumerate(kv_caches)}
         self._kv_caches = list(kv_caches.values())
         first = min(self._kv_caches, key=torch.Tensor.storage_offset)

@@ -1,0 +1,112 @@
+"""Methods that leave out pairs of tokens in the prefill alone, here as masks: no time is saved."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from decoder import Asked, Decoder, Outcome
+from transformers import AttentionInterface, DynamicCache
+
+NAME = "lab_masked"
+Pattern = Callable[[torch.Tensor], torch.Tensor]
+"""Causal softmax weights [num_heads, n, n] to a bool mask of the pairs that stay."""
+
+
+def _masked_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Full attention for one query, a pattern over the pairs for a prompt; batch 1."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x[0].repeat_interleave(groups, 0) for x in (key, value))
+    scores = query[0] @ key.transpose(1, 2) * scaling
+    n = scores.shape[1]
+    if n > 1:
+        causal = torch.ones(n, n, dtype=torch.bool).tril()
+        scores = scores.masked_fill(~causal, -torch.inf)
+        kept = module.lab_pattern(scores.softmax(-1)) & causal
+        kept |= torch.eye(n, dtype=torch.bool)
+        module.lab_flops = float(kept.sum() / (causal.sum() * kept.shape[0]))
+        scores = scores.masked_fill(~kept, -torch.inf)
+    out = scores.softmax(-1) @ value
+    return out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(NAME, _masked_attention)
+
+
+@dataclass(frozen=True)
+class MaskedPrefill:
+    """Prefill on a pattern of pairs, a whole 16-bit cache in decode."""
+
+    pattern: Pattern
+
+    def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
+        attentions = [layer.self_attn for layer in decoder.language_model.layers]
+        cache = DynamicCache()
+        for attention in attentions:
+            attention.lab_pattern = self.pattern
+        try:
+            with decoder.attending(NAME):
+                hidden = decoder.run(asked.embeddings, torch.arange(asked.num_tokens), cache)
+                answer = decoder.answer(hidden, asked.num_tokens, cache)
+            flops = [attention.lab_flops for attention in attentions]
+        finally:
+            for attention in attentions:
+                del attention.lab_pattern
+        # As the share of tokens whose pairs would be as many.
+        shares = [math.sqrt(share) for share in flops]
+        return Outcome(answer, shares, sum(flops) / len(flops), 1.0)
+
+
+@dataclass(frozen=True)
+class QKSparse:
+    """Each head drops keys, and queries, that carry little attention (arXiv 2306.01160).
+
+    Attributes:
+        kept: Share of the tokens that each head keeps; the last 16 queries stay.
+    """
+
+    kept: float
+
+    def __call__(self, weights: torch.Tensor) -> torch.Tensor:
+        n = weights.shape[1]
+        visible = torch.arange(n, 0, -1)
+        order = (weights.sum(1) / visible).sort(descending=True, stable=True).indices
+        stays = torch.zeros(weights.shape[:2], dtype=torch.bool)
+        stays.scatter_(1, order[:, : math.ceil(self.kept * n)], True)
+        stays[:, -16:] = True
+        return stays[:, :, None] & stays[:, None, :]
+
+
+@dataclass(frozen=True)
+class VerticalSlash:
+    """The columns and diagonals that the last queries use most: MInference (arXiv 2407.02490).
+
+    Attributes:
+        vertical: Share of the columns.
+        slash: Share of the diagonals.
+    """
+
+    vertical: float
+    slash: float
+
+    def __call__(self, weights: torch.Tensor) -> torch.Tensor:
+        num_heads, n, _ = weights.shape
+        last = weights[:, -16:]
+        columns = last.sum(1)
+        offsets = torch.arange(n)[:, None] - torch.arange(n)
+        of_last = offsets[-16:].clamp(min=0).expand(num_heads, -1, -1).flatten(1)
+        diagonals = torch.zeros(num_heads, n).scatter_add_(1, of_last, last.flatten(1))
+        top_columns = torch.zeros(num_heads, n, dtype=torch.bool)
+        top_columns.scatter_(1, columns.topk(math.ceil(self.vertical * n)).indices, True)
+        top_diagonals = torch.zeros(num_heads, n, dtype=torch.bool)
+        top_diagonals.scatter_(1, diagonals.topk(math.ceil(self.slash * n)).indices, True)
+        return top_columns[:, None, :] | top_diagonals[:, offsets.clamp(min=0)]

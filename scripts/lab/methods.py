@@ -1,0 +1,44 @@
+"""All methods by name: `--method` of the evaluation."""
+
+from decoder import Method
+from method_full import full
+from method_masks import MaskedPrefill, QKSparse, VerticalSlash
+from method_pruning import FastV, HiRED
+from method_zipvl import ZipVL, at_random, by_raw_scores, nothing
+
+TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.99)
+BITS = ((8, 4), (4, 4), (16, 0), (4, 0), (16, 16))
+RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+
+METHODS: dict[str, Method] = {
+    "full": full,
+    "zipvl": ZipVL(),
+    **{f"zipvl-tau{tau}": ZipVL({"tau": tau}) for tau in TAUS},
+    **{f"zipvl-{high}/{low}": ZipVL({"high_bits": high, "low_bits": low}) for high, low in BITS},
+    # As in ZipCache: the same share in every layer.
+    **{f"fixed-{ratio}": ZipVL({"ratio": ratio}) for ratio in RATIOS},
+    **{f"random-{ratio}": ZipVL({"ratio": ratio}, choose=at_random) for ratio in RATIOS},
+    **{
+        f"kv{bits}": ZipVL({"sparse_prefill": False, "high_bits": bits, "low_bits": bits})
+        for bits in (8, 4)
+    },
+    "kv2": ZipVL({"sparse_prefill": False}, choose=nothing),
+    "cache-4/2": ZipVL({"sparse_prefill": False}),
+    "cache-16/0": ZipVL({"sparse_prefill": False, "high_bits": 16, "low_bits": 0}),
+    "prefill-only": ZipVL({"compress": False}),
+    "fastv": FastV(),
+    **{f"fastv-{dropped}": FastV(dropped=dropped) for dropped in (0.25, 0.75)},
+    **{f"hired-{kept}": HiRED(kept) for kept in (0.2, 0.4, 0.6)},
+    **{f"qk-sparse-{kept}": MaskedPrefill(QKSparse(kept)) for kept in (0.4, 0.6)},
+    **{f"minference-{share}": MaskedPrefill(VerticalSlash(share, share)) for share in (0.1, 0.2)},
+    "probes-recent": ZipVL({"probe_recent": 32, "probe_random": 0}),
+    "probes-random": ZipVL({"probe_recent": 1, "probe_random": 31}),
+    **{
+        f"probes-{num}": ZipVL({"probe_recent": num // 2, "probe_random": num // 2})
+        for num in (4, 8, 16, 64)
+    },
+    **{f"interval-{num}": ZipVL({"interval": num}) for num in (1, 4, 64)},
+    "raw-scores": ZipVL(choose=by_raw_scores),
+    "dense-first-layer": ZipVL(num_dense_layers=1),
+    "text-protected": ZipVL(protects_text=True),
+}
