@@ -14,8 +14,8 @@ from lab_model import LabModel, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-KINDS = ("shape", "colour", "text", "value")
-"""Of what a patch shows."""
+KINDS = ("shape", "colour", "value", "first", "second", "third")
+"""Of what a patch shows; the last are the characters of what is written there."""
 IGNORED = -100
 """Label of positions without a loss."""
 QUESTIONS = 8
@@ -52,13 +52,13 @@ class Batch(NamedTuple):
 
 
 @cache
-def _tokenizer():
+def tokenizer_of_tasks():
     return make_tokenizer()
 
 
 def prompt_ids(num_images: int, question: str, spec: LabModel) -> tuple[list[int], list[int]]:
     """What the chat template makes of a question: up to the last image token, and the rest."""
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer_of_tasks()
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -71,6 +71,11 @@ def prompt_ids(num_images: int, question: str, spec: LabModel) -> tuple[list[int
     return before, ids[split:]
 
 
+def num_answer_tokens(answer: str) -> int:
+    """The end included."""
+    return len(tokenizer_of_tasks()(answer, add_special_tokens=False).input_ids) + 1
+
+
 def pixels(example: Example) -> torch.Tensor:
     """Normalised as CLIP's image processor does, float32 [num_images, 3, side, side]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in example.images]))
@@ -80,15 +85,17 @@ def pixels(example: Example) -> torch.Tensor:
 
 def patch_marks(marks: list[Mark], spec: LabModel) -> torch.Tensor:
     """What each patch's middle shows, int64 [tokens_per_image, len(KINDS)]."""
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer_of_tasks()
     num = spec.side // spec.patch_size
     labels = torch.full((num, num, len(KINDS)), tokenizer.pad_token_id)
     for mark in marks:
         left, top, right, bottom = (max(0, round(edge * num)) for edge in mark.box)
+        words = dict(
+            zip(KINDS, (mark.shape, mark.colour, mark.value, *(mark.text or "")), strict=False)
+        )
         for kind, name in enumerate(KINDS):
-            word = getattr(mark, name)
-            if word is not None:
-                token = tokenizer.convert_tokens_to_ids(word)
+            if words.get(name):
+                token = tokenizer.convert_tokens_to_ids(words[name])
                 labels[top : max(bottom, top + 1), left : max(right, left + 1), kind] = token
     return labels.flatten(0, 1)
 
@@ -106,7 +113,7 @@ _PADDING = _Row([0], [0], [-1], [IGNORED])
 
 
 def _row(example: Example, spec: LabModel) -> _Row:
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer_of_tasks()
     row = _Row([], [], [], [])
     for part, question in enumerate(example.questions, start=1):
         pictures, words = prompt_ids(len(example.images), question.text, spec)

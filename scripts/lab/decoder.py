@@ -17,7 +17,7 @@ class Asked(NamedTuple):
     Attributes:
         embeddings: Of pictures and words, [num_tokens, hidden_size].
         is_image: Bool [num_tokens].
-        image_scores: What the vision tower's class token attends to in its last layer but one, mean
+        image_scores: What the class token attends to in the vision tower's last layer, mean
             over heads, [num_images, tokens_per_image].
     """
 

@@ -1,6 +1,7 @@
 """The lab's model: LLaVA's own architecture, small, and a tokenizer of the tasks' words."""
 
 import dataclasses
+import string
 import sys
 from pathlib import Path
 
@@ -54,12 +55,15 @@ PRESETS = {"gpu": GPU, "cpu": CPU}
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token per word, number and letter of the tasks; anything else is unknown."""
+    """One token per word, digit and letter of the tasks; anything else is unknown."""
     words = WORDS_OF_TASKS.split()
-    pieces = [*SPECIAL_TOKENS, *words, *"bcdefgh", ":", *(str(number) for number in range(100))]
+    pieces = [*SPECIAL_TOKENS, *words, *string.ascii_lowercase[1:], ":", *string.digits]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Digit by digit, as Llama's: a number is read like a word.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]

@@ -18,7 +18,16 @@ from typing import Any
 
 import tasks
 import torch
-from batches import IGNORED, KINDS, QUESTIONS, Batch, TrainingBatches, collate, loader
+from batches import (
+    IGNORED,
+    KINDS,
+    QUESTIONS,
+    Batch,
+    TrainingBatches,
+    collate,
+    loader,
+    num_answer_tokens,
+)
 from examples import LEVELS
 from lab_model import PRESETS, LabModel, make_model, save
 
@@ -135,8 +144,11 @@ class Trainer:
 
     def _sight_loss(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
         """Of naming what the patches show, and which words the picture shows at all."""
-        marks = self._marks_logits(features).flatten(0, 2)
-        of_patches = torch.nn.functional.cross_entropy(marks, batch.marks.flatten())
+        marks, labels = self._marks_logits(features).flatten(0, 2), batch.marks.flatten()
+        losses = torch.nn.functional.cross_entropy(marks, labels, reduction="none")
+        # Most patches show nothing, and would drown the others.
+        is_shown = labels != self.model.config.text_config.pad_token_id
+        of_patches = losses[is_shown].mean() + losses[~is_shown].mean()
         words = self.words_head(features[:, 0].float())
         shown = torch.zeros_like(words).scatter_(1, batch.marks.flatten(1), 1)
         return of_patches + torch.nn.functional.binary_cross_entropy_with_logits(words, shown)
@@ -199,7 +211,7 @@ class Trainer:
                     logits, labels = self._logits(batch, self._features(batch))
                     is_right = (logits.argmax(-1) == labels).tolist()
                     lengths = [
-                        len(question.answer.split()) + 1
+                        num_answer_tokens(question.answer)
                         for example in drawn
                         for question in example.questions
                     ]

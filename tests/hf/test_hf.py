@@ -147,6 +147,14 @@ def test_a_prompt_in_chunks_chooses_nearly_the_same(model, inputs) -> None:
         assert int((one & other).sum()) > 0.7 * int(one.sum())
 
 
+def test_recent_probes_alone_choose_too(model, inputs) -> None:
+    cache = zipvl_cache(ZipVLConfig(**{**vars(LOSSY), "probe_random": 0}))
+    with torch.inference_mode():
+        model(**inputs[1], past_key_values=cache)
+    num_tokens = inputs[1].input_ids.shape[1]
+    assert all(0.4 * num_tokens <= s.kept.sum() < num_tokens for s in cache.selections())
+
+
 def test_a_cache_of_another_kind_is_refused(model, inputs) -> None:
     with pytest.raises(ValueError, match="past_key_values=ZipVLCache"):
         generate(model, inputs[0])

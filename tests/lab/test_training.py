@@ -29,15 +29,14 @@ TRAIN = Path(__file__).parents[2] / "scripts" / "lab" / "train.py"
 
 
 @pytest.mark.parametrize(("family", "level"), EVERY)
-def test_every_word_is_known_and_an_answer_has_a_token_a_word(family: str, level: str) -> None:
+def test_every_word_is_known(family: str, level: str) -> None:
     tokenizer = make_tokenizer()
     for index in range(40):
         one = tasks.example(family, level, "train", index, SPEC.side, QUESTIONS)
         for question in one.questions:
             assert tokenizer.unk_token_id not in tokenizer(question.text).input_ids
             answer = tokenizer(question.answer, add_special_tokens=False).input_ids
-            assert len(answer) == len(question.answer.split())
-            assert tokenizer.decode(answer) == question.answer
+            assert tokenizer.decode(answer).replace(" ", "") == question.answer.replace(" ", "")
 
 
 @pytest.mark.parametrize("family", ["objects", "frames"])
@@ -63,7 +62,8 @@ def test_only_answers_have_labels() -> None:
     tokenizer = make_tokenizer()
     for row, one in zip(batch.labels, drawn, strict=True):
         *answer, end = row[row != IGNORED].tolist()
-        assert (tokenizer.decode(answer), end) == (one.answer, tokenizer.eos_token_id)
+        assert answer == tokenizer(one.answer, add_special_tokens=False).input_ids
+        assert end == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("family", ["charts", "frames"])
@@ -92,12 +92,13 @@ def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
 def test_patches_are_marked_by_what_they_show() -> None:
     tokenizer = make_tokenizer()
     box = (0.5, 0.5, 0.84, 0.7)
-    marks = patch_marks([Mark(box, shape="star", colour="red")], SPEC)
-    shape, colour, text, value = marks.view(6, 6, len(KINDS)).unbind(-1)
+    marks = patch_marks([Mark(box, shape="star", colour="red", text="42")], SPEC)
+    shape, colour, value, first, second, third = marks.view(6, 6, len(KINDS)).unbind(-1)
     shown = (shape == tokenizer.convert_tokens_to_ids("star")).nonzero().tolist()
     assert shown == [[3, 3], [3, 4]]
     assert torch.equal(colour != tokenizer.pad_token_id, shape != tokenizer.pad_token_id)
-    assert (text == tokenizer.pad_token_id).all() and (value == tokenizer.pad_token_id).all()
+    assert tokenizer.decode([first[3, 3], second[3, 4]]) == "4 2"
+    assert (torch.stack([value, third]) == tokenizer.pad_token_id).all()
 
 
 def test_a_batch_depends_on_its_index_alone() -> None:

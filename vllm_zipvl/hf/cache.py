@@ -170,6 +170,8 @@ class ZipVLLayer(DynamicLayer):
         scale: float,
     ) -> torch.Tensor:
         """Attention of the queries at `positions`, summed over them and heads, float32 [end]."""
+        if len(positions) == 0:
+            return torch.zeros(key.shape[1], device=key.device)
         weights = _weights(query[:, positions - start], positions, key, scale)
         return weights.sum((0, 1))
 

@@ -1,0 +1,111 @@
+"""Answer the test set by several methods; run again to go on after an interruption.
+
+    python scripts/lab/evaluate.py --model DIR --methods full zipvl --json OUT.jsonl
+
+OUT gets a line per question: what was asked and expected, and per method the answer, each layer's
+share of tokens that attend, and the shares of attention products and cache bytes. Questions and
+methods that OUT has already are left out.
+"""
+
+import argparse
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import torch
+from batches import tokenizer_of_tasks
+from decoder import Decoder
+from methods import METHODS
+from questions import Key, draw, load_model, see, spec_of, test_set
+from tqdm import tqdm
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=500, help="per family and level")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    return parser.parse_args()
+
+
+def answered(out: Path) -> set[tuple[Key, str]]:
+    """Questions and methods that a file holds."""
+    if not out.exists():
+        return set()
+    rows = map(json.loads, out.read_text().splitlines())
+    return {
+        (Key(row["family"], row["level"], row["index"]), method)
+        for row in rows
+        for method in row["methods"]
+    }
+
+
+class Worker:
+    """One process: a model, and questions one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.model = load_model(folder)
+        self.spec, self.decoder = spec_of(self.model), Decoder(self.model)
+
+    @torch.inference_mode()
+    def row(self, key: Key, methods: list[str]) -> dict[str, Any]:
+        example = draw(key, self.spec)
+        asked = see(self.model, example, self.spec)
+        found = {}
+        for name in methods:
+            outcome = METHODS[name](self.decoder, asked)
+            found[name] = {
+                "answer": tokenizer_of_tasks().decode(outcome.answer),
+                "kept": [round(share, 4) for share in outcome.kept],
+                "flops": round(outcome.flops, 4),
+                "kv_bytes": round(outcome.kv_bytes, 4),
+            }
+        return {
+            **key._asdict(),
+            "question": example.question,
+            "expected": tokenizer_of_tasks().decode(
+                tokenizer_of_tasks()(example.answer).input_ids[1:]
+            ),
+            "tokens": asked.num_tokens,
+            "methods": found,
+        }
+
+
+_worker: Worker
+
+
+def _start(folder: Path) -> None:
+    global _worker
+    _worker = Worker(folder)
+
+
+def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
+    return _worker.row(*task)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    done = answered(arguments.json)
+    todo = []
+    for key in test_set(arguments.questions):
+        methods = [name for name in arguments.methods if (key, name) not in done]
+        if methods:
+            todo.append((key, methods))
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(arguments.workers, _start, (arguments.model,)) as pool,
+        arguments.json.open("a") as file,
+    ):
+        for row in tqdm(pool.imap(_run, todo, chunksize=4), total=len(todo), unit="question"):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

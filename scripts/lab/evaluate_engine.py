@@ -1,0 +1,120 @@
+"""Answer the test set by the real vLLM engine, zipvl or stock; run again to go on.
+
+    python scripts/lab/evaluate_engine.py --model DIR --methods full zipvl --json OUT.jsonl
+
+The rows are those of `evaluate.py`, with the engine's answers under `engine full`, `engine zipvl`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from decoder import MAX_ANSWER
+from evaluate import answered
+from examples import Example
+from lab_model import LabModel, make_tokenizer
+from method_zipvl import BLOCK_SIZE, LAB_SETTINGS, ZipVL
+from methods import METHODS
+from questions import Key, draw, test_set
+from tqdm import tqdm
+
+BATCH = 120
+"""Questions handed to the engine at once."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    served = [name for name, method in METHODS.items() if is_served(name, method)]
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=served, default=["full", "zipvl"])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=500, help="per family and level")
+    return parser.parse_args()
+
+
+def spec_of(folder: Path) -> LabModel:
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    return LabModel(side=vision["image_size"], patch_size=vision["patch_size"])
+
+
+def start(folder: Path, name: str) -> Any:
+    """An engine that computes every prompt whole, so that it chooses what the oracle chooses."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {}
+    if name != "full":
+        method = METHODS[name]
+        assert isinstance(method, ZipVL)
+        settings = {
+            "attention_backend": "zipvl",
+            "additional_config": {"zipvl": {**LAB_SETTINGS, **method.settings}},
+        }
+    return LLM(
+        str(folder),
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        max_model_len=4096,
+        max_num_seqs=8,
+        max_num_batched_tokens=8 * 4096,
+        limit_mm_per_prompt={"image": 32},
+        enforce_eager=True,
+        **settings,
+    )
+
+
+def request(example: Example) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in example.images]
+    content.append({"type": "text", "text": example.question})
+    prompt = make_tokenizer().apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    # The engine adds the token that begins a text itself.
+    return {"prompt": prompt, "multi_modal_data": {"image": example.images}}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER)
+    spec, done = spec_of(arguments.model), answered(arguments.json)
+    for name in arguments.methods:
+        label = f"engine {name}"
+        todo = [key for key in test_set(arguments.questions) if (key, label) not in done]
+        if not todo:
+            continue
+        llm = start(arguments.model, name)
+        with arguments.json.open("a") as file, tqdm(total=len(todo), unit="question") as bar:
+            for first in range(0, len(todo), BATCH):
+                keys = todo[first : first + BATCH]
+                examples = [draw(key, spec) for key in keys]
+                outputs = llm.generate([*map(request, examples)], greedy, use_tqdm=False)
+                for key, example, output in zip(keys, examples, outputs, strict=True):
+                    write(file, key, example, label, output)
+                file.flush()
+                bar.update(len(keys))
+        llm.llm_engine.engine_core.shutdown()
+
+
+def write(file: Any, key: Key, example: Example, label: str, output: Any) -> None:
+    tokenizer = make_tokenizer()
+    row = {
+        **key._asdict(),
+        "question": example.question,
+        "expected": tokenizer.decode(tokenizer(example.answer).input_ids[1:]),
+        "tokens": len(output.prompt_token_ids),
+        "methods": {label: {"answer": output.outputs[0].text.strip()}},
+    }
+    file.write(json.dumps(row) + "\n")
+
+
+def is_served(name: str, method: Any) -> bool:
+    """Whether a method is stock vLLM or nothing but settings of the plugin."""
+    return name == "full" or (isinstance(method, ZipVL) and method == ZipVL(method.settings))
+
+
+if __name__ == "__main__":
+    main()

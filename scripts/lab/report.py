@@ -1,0 +1,251 @@
+"""The paper's tables and figures from what `evaluate.py` wrote.
+
+    python scripts/lab/report.py --json OUT.jsonl [MORE.jsonl ...] --out DIR
+
+Writes DIR/tables.md and PNGs: kept share per layer by task, per task by method, accuracy and kept
+share against tau, accuracy against cache bytes.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+FULL, ZIPVL = "full", "zipvl"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+class Question(NamedTuple):
+    """A question of the test set with all answers to it."""
+
+    family: str
+    level: str
+    text: str
+    expected: str
+    methods: dict[str, dict[str, Any]]
+
+
+def read(files: Iterable[Path]) -> list[Question]:
+    """All rows, those of one question put together."""
+    found: dict[tuple[str, str, int], Question] = {}
+    for file in files:
+        for row in map(json.loads, file.read_text().splitlines()):
+            key = (row["family"], row["level"], row["index"])
+            rest = Question(row["family"], row["level"], row["question"], row["expected"], {})
+            found.setdefault(key, rest).methods.update(row["methods"])
+    return list(found.values())
+
+
+class Share(NamedTuple):
+    """A share of n questions."""
+
+    value: float
+    n: int
+
+    def interval(self) -> tuple[float, float]:
+        """95 %, after Wilson (1927)."""
+        z, p, n = 1.96, self.value, self.n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - half, middle + half
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{100 * self.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def accuracy(questions: Iterable[Question], method: str) -> Share:
+    right = [q.methods[method]["answer"] == q.expected for q in questions if method in q.methods]
+    return Share(sum(right) / max(1, len(right)), max(1, len(right)))
+
+
+def agreement(questions: Iterable[Question], method: str, other: str) -> Share:
+    same = [
+        q.methods[method]["answer"] == q.methods[other]["answer"]
+        for q in questions
+        if method in q.methods and other in q.methods
+    ]
+    return Share(sum(same) / max(1, len(same)), max(1, len(same)))
+
+
+def mean(questions: Iterable[Question], method: str, figure: str) -> float:
+    values = [
+        float(np.mean(q.methods[method][figure]))
+        for q in questions
+        if figure in q.methods.get(method, {})
+    ]
+    return float(np.mean(values)) if values else math.nan
+
+
+def by_family(questions: list[Question]) -> dict[str, list[Question]]:
+    groups = defaultdict(list)
+    for question in questions:
+        groups[question.family].append(question)
+    return dict(groups)
+
+
+def percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def methods_table(questions: list[Question], methods: list[str]) -> str:
+    families = by_family(questions)
+    rows = []
+    for method in methods:
+        num = sum(method in q.methods for q in questions)
+        is_whole = num == len(questions)
+        rows.append(
+            [
+                method if is_whole else f"{method} ({num} of {len(questions)} questions)",
+                percent(mean(questions, method, "kept")),
+                percent(1 - mean(questions, method, "flops")),
+                percent(mean(questions, method, "kv_bytes")),
+                *(percent(accuracy(group, method).value) for group in families.values()),
+                str(accuracy(questions, method)),
+                percent(agreement(questions, method, FULL).value),
+            ]
+        )
+    heading = ["method", "kept %", "attention FLOPs cut %", "KV bytes %", *families]
+    return table([*heading, "all (95 %)", "as full %"], rows)
+
+
+def lists_table(questions: list[Question], methods: list[str]) -> str:
+    """Answers of several words, most of which are read from the compressed cache."""
+    lists = [q for q in questions if len(q.expected.split()) > 2]
+    rows = [
+        [method, str(accuracy(lists, method)), percent(agreement(lists, method, FULL).value)]
+        for method in methods
+    ]
+    return table(["method", f"accuracy on {len(lists)} lists", "as full %"], rows)
+
+
+def families_table(questions: list[Question]) -> str:
+    """Accuracy of full attention by level, with its interval."""
+    rows = []
+    for family, group in by_family(questions).items():
+        levels = [[q for q in group if q.level == level] for level in ("easy", "hard")]
+        rows.append([family, *(str(accuracy(part, FULL)) for part in (*levels, group))])
+    return table(["family", "easy", "hard", "both"], rows)
+
+
+def plot_layers(questions: list[Question], out: Path) -> None:
+    """Kept share per layer by task: the paper's Figure 3."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for family, group in by_family(questions).items():
+        shares = np.mean([q.methods[ZIPVL]["kept"] for q in group if ZIPVL in q.methods], axis=0)
+        axes.plot(range(len(shares)), 100 * shares, marker="o", label=family)
+    axes.set(xlabel="layer", ylabel="kept tokens, %", ylim=(0, 100))
+    axes.set_xticks(range(len(shares)))
+    axes.legend()
+    _save(figure, out)
+
+
+def plot_tasks(questions: list[Question], methods: list[str], out: Path) -> None:
+    """Kept share per task by method: the paper's Figure 4."""
+    families = by_family(questions)
+    figure, axes = plt.subplots(figsize=(8, 4))
+    width = 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        shares = [100 * mean(group, method, "kept") for group in families.values()]
+        places = np.arange(len(families)) + (i - (len(methods) - 1) / 2) * width
+        axes.bar(places, shares, width, label=method)
+    axes.set_xticks(range(len(families)), list(families))
+    axes.set(ylabel="kept tokens, %", ylim=(0, 100))
+    axes.legend(ncols=2, fontsize="small")
+    _save(figure, out)
+
+
+def plot_tau(questions: list[Question], methods: list[str], out: Path) -> None:
+    """Accuracy and kept share against tau: the paper's Figure 5."""
+    taus = sorted(
+        (float(match[1]), name)
+        for name in methods
+        if (match := re.fullmatch(r"zipvl-tau(.*)", name))
+    )
+    figure, left = plt.subplots(figsize=(6, 4))
+    right = left.twinx()
+    x = [tau for tau, _ in taus]
+    shares = [accuracy(questions, name) for _, name in taus]
+    low, high = zip(*(share.interval() for share in shares), strict=True)
+    left.fill_between(x, [100 * v for v in low], [100 * v for v in high], alpha=0.2)
+    left.plot(x, [100 * share.value for share in shares], marker="o", label="accuracy")
+    left.axhline(100 * accuracy(questions, FULL).value, ls=":", color="black", label="full")
+    right.plot(x, [100 * mean(questions, n, "kept") for _, n in taus], "s--", color="tab:red")
+    left.set(xlabel="tau", ylabel="accuracy, %")
+    right.set_ylabel("kept tokens, % (dashed)", color="tab:red")
+    left.legend(loc="lower right")
+    _save(figure, out)
+
+
+def plot_bytes(questions: list[Question], methods: list[str], out: Path) -> None:
+    """Accuracy against cache bytes, all methods."""
+    figure, axes = plt.subplots(figsize=(9, 6))
+    for method in methods:
+        x, share = mean(questions, method, "kv_bytes"), accuracy(questions, method)
+        if math.isnan(x):
+            continue
+        low, high = share.interval()
+        colour = "tab:red" if method.startswith("zipvl") else "tab:blue"
+        axes.plot([100 * x] * 2, [100 * low, 100 * high], color=colour, alpha=0.4)
+        axes.plot(100 * x, 100 * share.value, "o", color=colour)
+        axes.annotate(method, (100 * x, 100 * share.value), fontsize=6, xytext=(3, 3),
+                      textcoords="offset points")  # fmt: skip
+    axes.set(xlabel="KV bytes, % of 16 bit", ylabel="accuracy, %")
+    _save(figure, out)
+
+
+def _save(figure: Any, out: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    questions = read(arguments.json)
+    methods = list(dict.fromkeys(name for q in questions for name in q.methods))
+    compared = [
+        name
+        for name in methods
+        if name in (ZIPVL, "fixed-0.5", "fastv", "hired-0.4") or name == "random-0.5"
+    ]
+    parts = [
+        families_table(questions),
+        methods_table(questions, methods),
+        lists_table(questions, methods),
+    ]
+    (out / "tables.md").write_text("\n\n".join(parts) + "\n")
+    plot_layers(questions, out / "kept_by_layer.png")
+    plot_tasks(questions, compared, out / "kept_by_task.png")
+    plot_tau(questions, methods, out / "tau.png")
+    plot_bytes(questions, methods, out / "kv_bytes.png")
+    print((out / "tables.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
