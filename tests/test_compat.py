@@ -6,6 +6,7 @@ A test here that starts to fail says that vLLM no longer has the symptom: drop t
 import pickle
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 from vllm.platforms import current_platform
@@ -89,6 +90,7 @@ def test_streaming_sessions_are_refused_only_for_this_backend():
 
     class Attention:
         backend = AttentionBackendEnum[BACKEND]
+        backend_per_kind: ClassVar = {}
 
     class Config:
         attention_config = Attention()
