@@ -166,6 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {field.name for field in fields(ZipVLConfig)} & set(vars(given))
     try:
         config = ZipVLConfig(min_tokens=1, **{name: getattr(given, name) for name in settings})
+        if not given.out.parent.is_dir():
+            raise ValueError(f"{given.out.parent} is no folder; make it or choose another --out")
         image = Image.open(given.image).convert("RGB")
         model_config = AutoConfig.from_pretrained(given.model)
         if not hasattr(model_config, "vision_config"):
@@ -177,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = AutoModelForImageTextToText.from_pretrained(given.model, attn_implementation=NAME)
         found = explain(model, processor, image, given.question, config, given.max_tokens)
     except (ValueError, OSError, UnidentifiedImageError) as error:
-        sys.exit(f"explain: {error}")
+        sys.exit(f"explain: {str(error).splitlines()[0]}")
     draw(found, given.question, given.out)
     mean = sum(found.shares) / len(found.shares)
     print(f"kept {100 * mean:.1f} % of {found.num_tokens} tokens, mean over layers")

@@ -5,7 +5,9 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
+import family_charts
 import numpy as np
+import primer
 import tasks
 import torch
 from drawing import Mark
@@ -14,13 +16,15 @@ from lab_model import LabModel, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-KINDS = ("shape", "colour", "value", "first", "second", "third")
-"""Of what a patch shows; the last are the characters of what is written there."""
+KINDS = ("shape", "colour", "value", "character", "first", "second", "third")
+"""Of what a patch shows; the last are the characters of the text that the one there is part of."""
+_CHARACTER = KINDS.index("character")
 IGNORED = -100
 """Label of positions without a loss."""
 QUESTIONS = 8
 """Asked at once about an example."""
-SINGLE = tuple(name for name in tasks.FAMILIES if name != "frames")
+SINGLE = ("objects", "relations", "perception", *["charts"] * 2, *["words"] * 3)
+"""Families of one picture, drawn alike; reading takes the most practice."""
 
 
 class Batch(NamedTuple):
@@ -90,13 +94,17 @@ def patch_marks(marks: list[Mark], spec: LabModel) -> torch.Tensor:
     labels = torch.full((num, num, len(KINDS)), tokenizer.pad_token_id)
     for mark in marks:
         left, top, right, bottom = (max(0, round(edge * num)) for edge in mark.box)
-        words = dict(
-            zip(KINDS, (mark.shape, mark.colour, mark.value, *(mark.text or "")), strict=False)
-        )
-        for kind, name in enumerate(KINDS):
-            if words.get(name):
-                token = tokenizer.convert_tokens_to_ids(words[name])
-                labels[top : max(bottom, top + 1), left : max(right, left + 1), kind] = token
+        words = (mark.shape, mark.colour, mark.value, None, *(mark.text or ""))
+        for row in range(top, max(bottom, top + 1)):
+            for column in range(left, max(right, left + 1)):
+                shown = [*words, *[None] * (len(KINDS) - len(words))]
+                if mark.edges:
+                    place = sum(edge < (column + 0.5) / num for edge in mark.edges[:-1])
+                    shown[_CHARACTER] = mark.text[place]
+                for kind, word in enumerate(shown):
+                    if word:
+                        token = tokenizer.convert_tokens_to_ids(word)
+                        labels[row, column, kind] = token
     return labels.flatten(0, 1)
 
 
@@ -148,19 +156,44 @@ def collate(examples: list[Example], spec: LabModel, blind: bool = False) -> Bat
 
 
 class TrainingBatches(IterableDataset):
-    """Batch i is the same whoever draws it; `first` is where a resumed run goes on."""
+    """Batch i is the same whoever draws it.
 
-    def __init__(self, spec: LabModel, size: int, first: int, seed: int, blind: bool) -> None:
+    Attributes:
+        spec: Of the model.
+        size: Pictures a batch.
+        first: Batch to begin with, where a resumed run goes on.
+        seed: Other batches for another one.
+        blind: Show grey pictures.
+        tower_steps: Batches for the vision tower alone, at the start.
+    """
+
+    def __init__(
+        self, spec: LabModel, size: int, first: int, seed: int, blind: bool, tower_steps: int = 0
+    ) -> None:
         self.spec, self.size, self.first = spec, size, first
-        self.seed, self.blind = seed, blind
+        self.seed, self.blind, self.tower_steps = seed, blind, tower_steps
 
     def batch(self, index: int) -> Batch:
-        """One in six batches shows several pictures a question, and holds fewer questions."""
         random = Random(f"{self.seed}/{index}")
+        examples = self._to_see(random) if index < self.tower_steps else self._to_ask(random, index)
+        return collate(examples, self.spec, self.blind)
+
+    def _to_see(self, random: Random) -> list[Example]:
+        """Two in three pictures are crowded ones, the others charts."""
+        cases = [
+            primer.draw(random, self.spec.side)
+            if random.random() < 2 / 3
+            else family_charts.draw(random, random.choice(LEVELS), self.spec.side)
+            for _ in range(self.size)
+        ]
+        return [Example(case.images, case.marks, []) for case in cases]
+
+    def _to_ask(self, random: Random, index: int) -> list[Example]:
+        """One in six batches shows several pictures a question, and holds fewer questions."""
         several = index % len(tasks.FAMILIES) == 0
         families = ("frames",) if several else SINGLE
         size = max(1, self.size // 4) if several else self.size
-        examples = [
+        return [
             tasks.example(
                 random.choice(families),
                 random.choice(LEVELS),
@@ -171,7 +204,6 @@ class TrainingBatches(IterableDataset):
             )
             for _ in range(size)
         ]
-        return collate(examples, self.spec, self.blind)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()

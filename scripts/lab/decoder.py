@@ -19,11 +19,18 @@ class Asked(NamedTuple):
         is_image: Bool [num_tokens].
         image_scores: What the class token attends to in the vision tower's last layer, mean
             over heads, [num_images, tokens_per_image].
+        other_words: Of another question about the same pictures, [num_words, hidden_size].
     """
 
     embeddings: torch.Tensor
     is_image: torch.Tensor
     image_scores: torch.Tensor
+    other_words: torch.Tensor
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Up to the last picture's end."""
+        return int(self.is_image.nonzero().max()) + 1
 
     @property
     def num_tokens(self) -> int:
@@ -35,9 +42,11 @@ class Outcome(NamedTuple):
 
     Attributes:
         answer: Token ids, without the end.
-        kept: Per layer, the share of the prompt's tokens that attend and are attended to.
-        flops: Share of the prefill's attention products.
-        kv_bytes: Share of the bytes that the cache holds after the prompt.
+        kept: Per layer, the share of the prompt's tokens that attend and are attended to; where
+            pairs are left out, the share of tokens that would have as many.
+        flops: Share of the prefill's attention products; what choosing costs is not in it. NaN
+            where the method's prefill is not that of one whole prompt.
+        kv_bytes: Share of the bytes that the cache holds after the prompt was compressed.
     """
 
     answer: list[int]
@@ -77,7 +86,7 @@ class Decoder:
         """Hidden states [num_tokens, hidden_size] through `layers`, all of them by default."""
         model, hidden = self.language_model, hidden[None]
         rotary = model.rotary_emb(hidden, positions[None])
-        for i in layers or range(self.num_layers):
+        for i in range(self.num_layers) if layers is None else layers:
             hidden = model.layers[i](
                 hidden,
                 attention_mask=mask,

@@ -1,6 +1,7 @@
 """Shapes, colours and textures that the tasks draw with."""
 
 import math
+from functools import cache
 from random import Random
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ class Mark(NamedTuple):
         colour: One of `COLOURS`.
         text: What is written there.
         value: What a chart's column says.
+        edges: Where each character of `text` ends, as shares of the side; empty if the part is
+            only named by the text.
     """
 
     box: tuple[float, float, float, float]
@@ -38,6 +41,7 @@ class Mark(NamedTuple):
     colour: str | None = None
     text: str | None = None
     value: str | None = None
+    edges: tuple[float, ...] = ()
 
 
 class Thing(NamedTuple):
@@ -121,11 +125,17 @@ def scene(random: Random, side: int, things: list[Thing]) -> Image.Image:
     return image
 
 
+@cache
+def _font(pixels: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=pixels)
+
+
 def write(image: Image.Image, x: float, y: float, text: str, height: float, colour: str) -> Mark:
     """Write text centred at shares (x, y) of the side, `height` as a share of it."""
     side = image.width
-    font = ImageFont.load_default(size=height * side)
+    font = _font(height * side)
     pen, place = ImageDraw.Draw(image), (x * side, y * side)
     pen.text(place, text, fill=COLOURS[colour], font=font, anchor="mm", stroke_width=side / 336)
-    left, top, right, bottom = pen.textbbox(place, text, font=font, anchor="mm")
-    return Mark((left / side, top / side, right / side, bottom / side), colour=colour, text=text)
+    left, top, right, bottom = (x / side for x in pen.textbbox(place, text, font=font, anchor="mm"))
+    edges = tuple(left + font.getlength(text[: i + 1]) / side for i in range(len(text)))
+    return Mark((left, top, right, bottom), colour=colour, text=text, edges=edges)

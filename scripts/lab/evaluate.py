@@ -8,14 +8,17 @@ methods that OUT has already are left out.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from batches import tokenizer_of_tasks
 from decoder import Decoder
+from method_zipvl import LAB_SETTINGS
 from methods import METHODS
 from questions import Key, draw, load_model, see, spec_of, test_set
 from tqdm import tqdm
@@ -33,16 +36,41 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answered(out: Path) -> set[tuple[Key, str]]:
-    """Questions and methods that a file holds."""
+def answered(out: Path, digests: dict[str, str]) -> set[tuple[Key, str]]:
+    """Questions and methods that a file holds.
+
+    Raises:
+        SystemExit: It holds answers with another digest.
+    """
     if not out.exists():
         return set()
-    rows = map(json.loads, out.read_text().splitlines())
-    return {
-        (Key(row["family"], row["level"], row["index"]), method)
-        for row in rows
-        for method in row["methods"]
-    }
+    text = out.read_text()
+    # What an interruption left of a line.
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        out.write_text(whole)
+    found = set()
+    for row in map(json.loads, whole.splitlines()):
+        for name, outcome in row["methods"].items():
+            if name in digests and outcome["digest"] != digests[name]:
+                raise SystemExit(
+                    f"{out} has answers of another model or other settings for {name}; "
+                    "choose another file"
+                )
+            found.add((Key(row["family"], row["level"], row["index"]), name))
+    return found
+
+
+def digest(folder: Path, *what: object) -> str:
+    """Of a model and of what was done with it."""
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes())
+    # Functions show where they lie in memory.
+    found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(what)).encode())
+    return found.hexdigest()[:12]
+
+
+def method_digests(folder: Path) -> dict[str, str]:
+    return {name: digest(folder, LAB_SETTINGS, method) for name, method in METHODS.items()}
 
 
 class Worker:
@@ -52,6 +80,7 @@ class Worker:
         torch.set_num_threads(1)
         self.model = load_model(folder)
         self.spec, self.decoder = spec_of(self.model), Decoder(self.model)
+        self.digests = method_digests(folder)
 
     @torch.inference_mode()
     def row(self, key: Key, methods: list[str]) -> dict[str, Any]:
@@ -61,6 +90,7 @@ class Worker:
         for name in methods:
             outcome = METHODS[name](self.decoder, asked)
             found[name] = {
+                "digest": self.digests[name],
                 "answer": tokenizer_of_tasks().decode(outcome.answer),
                 "kept": [round(share, 4) for share in outcome.kept],
                 "flops": round(outcome.flops, 4),
@@ -91,7 +121,7 @@ def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    done = answered(arguments.json)
+    done = answered(arguments.json, method_digests(arguments.model))
     todo = []
     for key in test_set(arguments.questions):
         methods = [name for name in arguments.methods if (key, name) not in done]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from decoder import MAX_ANSWER
-from evaluate import answered
+from evaluate import answered, method_digests
 from examples import Example
 from lab_model import LabModel, make_tokenizer
 from method_zipvl import BLOCK_SIZE, LAB_SETTINGS, ZipVL
@@ -80,7 +80,10 @@ def main() -> None:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER)
-    spec, done = spec_of(arguments.model), answered(arguments.json)
+    spec = spec_of(arguments.model)
+    of_methods = method_digests(arguments.model)
+    digests = {f"engine {name}": of_methods[name] for name in arguments.methods}
+    done = answered(arguments.json, digests)
     for name in arguments.methods:
         label = f"engine {name}"
         todo = [key for key in test_set(arguments.questions) if (key, label) not in done]
@@ -93,20 +96,20 @@ def main() -> None:
                 examples = [draw(key, spec) for key in keys]
                 outputs = llm.generate([*map(request, examples)], greedy, use_tqdm=False)
                 for key, example, output in zip(keys, examples, outputs, strict=True):
-                    write(file, key, example, label, output)
+                    write(file, key, example, label, digests[label], output)
                 file.flush()
                 bar.update(len(keys))
         llm.llm_engine.engine_core.shutdown()
 
 
-def write(file: Any, key: Key, example: Example, label: str, output: Any) -> None:
+def write(file: Any, key: Key, example: Example, label: str, digest: str, output: Any) -> None:
     tokenizer = make_tokenizer()
     row = {
         **key._asdict(),
         "question": example.question,
         "expected": tokenizer.decode(tokenizer(example.answer).input_ids[1:]),
         "tokens": len(output.prompt_token_ids),
-        "methods": {label: {"answer": output.outputs[0].text.strip()}},
+        "methods": {label: {"digest": digest, "answer": output.outputs[0].text.strip()}},
     }
     file.write(json.dumps(row) + "\n")
 

@@ -29,15 +29,19 @@ def _columns(names: list[str]) -> list[float]:
     return [_LEFT + (i + 0.5) * width for i in range(len(names))]
 
 
+def _names(image: Image.Image, names: list[str]) -> list[Mark]:
+    xs = _columns(names)
+    return [write(image, x, 0.92, name, 0.09, "black") for x, name in zip(xs, names, strict=True)]
+
+
 def _bars(image: Image.Image, random: Random, values: dict[str, int]) -> None:
     _axis(image)
     pen, side = ImageDraw.Draw(image), image.width
     half = 0.3 * (_RIGHT - _LEFT) / len(values)
-    for x, (name, value) in zip(_columns(list(values)), values.items(), strict=True):
+    for x, value in zip(_columns(list(values)), values.values(), strict=True):
         top = _BOTTOM - _HEIGHT * value / TOP
         box = ((x - half) * side, top * side, (x + half) * side, _BOTTOM * side)
         pen.rectangle(box, fill=COLOURS[random.choice(_BRIGHT)])
-        write(image, x, 0.92, name, 0.06, "black")
 
 
 def _line(image: Image.Image, random: Random, values: dict[str, int]) -> None:
@@ -48,10 +52,9 @@ def _line(image: Image.Image, random: Random, values: dict[str, int]) -> None:
     points = [(x * side, y * side) for x, y in zip(xs, ys, strict=True)]
     colour = COLOURS[random.choice(_BRIGHT)]
     pen.line(points, fill=colour, width=max(2, side // 80))
-    for (x, y), place, name in zip(points, xs, values, strict=True):
+    for x, y in points:
         r = side / 60
         pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-        write(image, place, 0.92, name, 0.06, "black")
 
 
 def _value_of(random: Random, values: dict[str, int]) -> Question:
@@ -111,7 +114,7 @@ def _pie(random: Random, side: int, num: int) -> Case:
 
 
 def draw(random: Random, level: str, side: int) -> Case:
-    """Easy charts have three values, hard ones six."""
+    """Easy charts have three values, hard ones six, or a pie five."""
     num = 3 if level == EASY else 6
     chart = random.choice((_bars, _line, None))
     if chart is None:
@@ -129,4 +132,4 @@ def draw(random: Random, level: str, side: int) -> Case:
         Mark((x - half, _BOTTOM - _HEIGHT, x + half, 1.0), text=name, value=str(value))
         for x, (name, value) in zip(_columns(names), values.items(), strict=True)
     ]
-    return Case([image], [marks], ask)
+    return Case([image], [marks + _names(image, names)], ask)

@@ -36,8 +36,11 @@ def _only_one_beside(random: Random, things: list[Thing]) -> Question | None:
     b = random.choice(things)
     relation = random.choice(SIDES)
     beside = [a for a in things if a is not b and _is_beside(a, b, relation)]
-    unclear = [a for a in things if a is not b and not any(_is_beside(a, b, s) for s in SIDES)]
-    if len(beside) != 1 or unclear:
+    axis = "x" if "of" in relation else "y"
+    is_unclear = any(
+        abs(getattr(a, axis) - getattr(b, axis)) <= _MARGIN for a in things if a is not b
+    )
+    if len(beside) != 1 or is_unclear:
         return None
     return Question(f"what colour is the object {relation} the {b.shape}", beside[0].colour)
 

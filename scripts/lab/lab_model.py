@@ -5,6 +5,7 @@ import string
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -127,7 +128,25 @@ def make_model(spec: LabModel) -> transformers.LlavaForConditionalGeneration:
         # The last layer: a small tower has none to spare.
         vision_feature_layer=-1,
     )
-    return transformers.LlavaForConditionalGeneration(config)
+    model = transformers.LlavaForConditionalGeneration(config)
+    embeddings = model.model.vision_tower.embeddings
+    with torch.no_grad():
+        places = embeddings.position_embedding.weight[1:]
+        places.copy_(_waves(spec.side // spec.patch_size, spec.vision_hidden_size))
+    return model
+
+
+def _waves(num: int, channels: int) -> torch.Tensor:
+    """Rows and columns of `num` x `num` patches as sines and cosines, [num^2, channels].
+
+    Position embeddings to start from: a tower that must first learn where patches lie takes
+    several times as long to see.
+    """
+    rates = 10000.0 ** -torch.linspace(0, 1, channels // 4)
+    angles = torch.arange(num)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows, columns = waves.repeat_interleave(num, 0), waves.repeat(num, 1)
+    return torch.cat([rows, columns], dim=-1)
 
 
 def save(model: transformers.LlavaForConditionalGeneration, spec: LabModel, out: Path) -> None:

@@ -10,6 +10,7 @@ from decoder import Asked, Decoder, Outcome
 from transformers import AttentionInterface, DynamicCache
 
 NAME = "lab_masked"
+FIRST_COLUMNS, NEAREST_DIAGONALS = 2, 4
 Pattern = Callable[[torch.Tensor], torch.Tensor]
 """Causal softmax weights [num_heads, n, n] to a bool mask of the pairs that stay."""
 
@@ -90,6 +91,8 @@ class QKSparse:
 class VerticalSlash:
     """The columns and diagonals that the last queries use most: MInference (arXiv 2407.02490).
 
+    The first columns and the nearest diagonals stay whatever the last queries use.
+
     Attributes:
         vertical: Share of the columns.
         slash: Share of the diagonals.
@@ -102,9 +105,11 @@ class VerticalSlash:
         num_heads, n, _ = weights.shape
         last = weights[:, -16:]
         columns = last.sum(1)
+        columns[:, :FIRST_COLUMNS] = torch.inf
         offsets = torch.arange(n)[:, None] - torch.arange(n)
         of_last = offsets[-16:].clamp(min=0).expand(num_heads, -1, -1).flatten(1)
         diagonals = torch.zeros(num_heads, n).scatter_add_(1, of_last, last.flatten(1))
+        diagonals[:, :NEAREST_DIAGONALS] = torch.inf
         top_columns = torch.zeros(num_heads, n, dtype=torch.bool)
         top_columns.scatter_(1, columns.topk(math.ceil(self.vertical * n)).indices, True)
         top_diagonals = torch.zeros(num_heads, n, dtype=torch.bool)

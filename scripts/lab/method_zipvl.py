@@ -1,5 +1,7 @@
 """Methods that the transformers oracle runs: ZipVL, its ablations, and baselines of its parts."""
 
+import math
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from decoder import Asked, Decoder, Outcome
 
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.selection import Selection, num_to_keep, select, top_mask
 from vllm_zipvl.hf import NAME, ZipVLCache
 from vllm_zipvl.hf.cache import Choose
@@ -32,12 +34,19 @@ class ZipVL:
         choose: In the place of the package's selection.
         num_dense_layers: First layers whose prefill attends densely.
         protects_text: Whether words are kept whatever their scores.
+        block_size: Only whole blocks are compressed.
+        chunk: Tokens of a chunk of the prompt; None is the whole prompt.
+        shares_prefix: Whether the pictures' keys and values come from another question about them,
+            as on a prefix-cache hit.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     choose: Choose = select
     num_dense_layers: int = 0
     protects_text: bool = False
+    block_size: int = BLOCK_SIZE
+    chunk: int | None = None
+    shares_prefix: bool = False
 
     @property
     def config(self) -> ZipVLConfig:
@@ -45,27 +54,45 @@ class ZipVL:
 
     def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
         choose = _with_text(self.choose, asked.is_image) if self.protects_text else self.choose
-        cache = ZipVLCache(self.config, BLOCK_SIZE, choose, self.num_dense_layers)
+        cache = ZipVLCache(self.config, self.block_size, choose, self.num_dense_layers)
+        n = asked.num_tokens
         with decoder.attending(NAME):
-            hidden = decoder.run(asked.embeddings, torch.arange(asked.num_tokens), cache)
+            first = self._take_prefix(decoder, asked, cache) if self.shares_prefix else 0
+            for start in range(first, n, self.chunk or n):
+                positions = torch.arange(start, min(start + (self.chunk or n), n))
+                hidden = decoder.run(asked.embeddings[positions], positions, cache)
             selections = cache.selections()
             answer = decoder.answer(hidden, asked.num_tokens, cache)
-        kept = [float(selection.kept.float().mean()) for selection in selections]
-        attends = kept if self.config.sparse_prefill else [1.0] * len(kept)
+        attends = [float(selection.kept.float().mean()) for selection in selections]
+        if not self.config.sparse_prefill:
+            attends = [1.0] * len(attends)
         attends[: self.num_dense_layers] = [1.0] * self.num_dense_layers
-        flops = sum(share**2 for share in attends) / len(attends)
-        return Outcome(answer, attends, flops, self._kv_bytes(kept))
+        is_whole = self.chunk is None and not self.shares_prefix
+        flops = sum(share**2 for share in attends) / len(attends) if is_whole else math.nan
+        return Outcome(answer, attends, flops, self._kv_bytes(cache, n))
 
-    def _kv_bytes(self, kept: list[float]) -> float:
-        """Parameters of the codes included; tokens that are still dense are not."""
-        config = self.config
-        if not config.compress:
-            return 1.0
+    def _take_prefix(self, decoder: Decoder, asked: Asked, cache: ZipVLCache) -> int:
+        """Fill a cache with the whole blocks that another question computed; their length."""
+        num_prefix = asked.num_prefix_tokens
+        num_shared = num_prefix // BLOCK_SIZE * BLOCK_SIZE
+        other = torch.cat([asked.embeddings[:num_prefix], asked.other_words])
+        before = ZipVLCache(self.config, self.block_size, self.choose, self.num_dense_layers)
+        decoder.run(other, torch.arange(len(other)), before)
+        for i, layer in enumerate(before.layers):
+            cache.update(layer.keys[:, :, :num_shared], layer.values[:, :, :num_shared], i)
+        return num_shared
+
+    def _kv_bytes(self, cache: ZipVLCache, num_tokens: int) -> float:
+        """Parameters of the codes and the dense tail included; pages count by their tokens."""
+        config, end = self.config, cache.compressible(num_tokens)
         # Heads of 64 at 16 bits.
-        geometry = PageGeometry(1, 1, 64, 2, BLOCK_SIZE, config.high_bits, config.low_bits)
+        geometry = PageGeometry(1, 1, 64, 2, self.block_size, config.high_bits, config.low_bits)
+        full = geometry.token_head_bytes(UNQUANTISED)
         high, low = (geometry.token_head_bytes(bits) for bits in geometry.bits)
-        share = sum(kept) / len(kept)
-        return (share * high + (1 - share) * low) / geometry.token_head_bytes(16)
+        masks = cache.prompt_masks()
+        kept = sum(int(mask[:end].sum()) for mask in masks) / len(masks)
+        total = kept * high + (end - kept) * low + (num_tokens - end) * full
+        return total / (num_tokens * full)
 
 
 def by_raw_scores(
@@ -78,9 +105,9 @@ def by_raw_scores(
 def at_random(
     mass: torch.Tensor, num_visible: torch.Tensor, num_recent: int, config: ZipVLConfig
 ) -> Selection:
-    """As many tokens as the count rule asks for, whichever."""
+    """As many tokens as the count rule asks for, whichever; others in each layer and question."""
     num = num_to_keep(mass, config)
-    generator = torch.Generator().manual_seed(config.seed + len(mass))
+    generator = torch.Generator().manual_seed(zlib.crc32(mass.numpy().tobytes()))
     scores = torch.rand(len(mass), generator=generator)
     kept = top_mask(scores, num)
     kept[len(mass) - num_recent :] = True

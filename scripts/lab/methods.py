@@ -6,7 +6,8 @@ from method_masks import MaskedPrefill, QKSparse, VerticalSlash
 from method_pruning import FastV, HiRED
 from method_zipvl import ZipVL, at_random, by_raw_scores, nothing
 
-TAUS = (0.9, 0.94, 0.96, 0.975, 0.985, 0.99)
+TAUS = (0.9, 0.94, 0.96, 0.985, 0.99)
+"""Beside the default, 0.975."""
 BITS = ((8, 4), (4, 4), (16, 0), (4, 0), (16, 16))
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
@@ -15,8 +16,10 @@ METHODS: dict[str, Method] = {
     "zipvl": ZipVL(),
     **{f"zipvl-tau{tau}": ZipVL({"tau": tau}) for tau in TAUS},
     **{f"zipvl-{high}/{low}": ZipVL({"high_bits": high, "low_bits": low}) for high, low in BITS},
-    # As in ZipCache: the same share in every layer.
+    # ZipVL, but for the same share in every layer and question.
     **{f"fixed-{ratio}": ZipVL({"ratio": ratio}) for ratio in RATIOS},
+    # A dense prefill, and a fixed share of the cache at the high precision (arXiv 2405.14256).
+    **{f"zipcache-{r}": ZipVL({"ratio": r, "sparse_prefill": False}) for r in (0.3, 0.5)},
     **{f"random-{ratio}": ZipVL({"ratio": ratio}, choose=at_random) for ratio in RATIOS},
     **{
         f"kv{bits}": ZipVL({"sparse_prefill": False, "high_bits": bits, "low_bits": bits})
@@ -37,8 +40,13 @@ METHODS: dict[str, Method] = {
         f"probes-{num}": ZipVL({"probe_recent": num // 2, "probe_random": num // 2})
         for num in (4, 8, 16, 64)
     },
-    **{f"interval-{num}": ZipVL({"interval": num}) for num in (1, 4, 64)},
+    # Answers are short, so tails are compressed token by token here.
+    **{f"interval-{num}": ZipVL({"interval": num}, block_size=1) for num in (1, 2, 4, 8)},
     "raw-scores": ZipVL(choose=by_raw_scores),
     "dense-first-layer": ZipVL(num_dense_layers=1),
-    "text-protected": ZipVL(protects_text=True),
+    # The recent probes of the default would keep a question's words in any case.
+    "text-free": ZipVL({"probe_recent": 2, "probe_random": 30}),
+    "text-protected": ZipVL({"probe_recent": 2, "probe_random": 30}, protects_text=True),
+    "in-chunks": ZipVL(chunk=64),
+    "shared-prefix": ZipVL(shares_prefix=True),
 }

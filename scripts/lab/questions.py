@@ -30,7 +30,8 @@ def test_set(num_per_level: int) -> Iterator[Key]:
 
 
 def draw(key: Key, spec: LabModel) -> Example:
-    return tasks.example(key.family, key.level, "test", key.index, spec.side)
+    """Pictures and two questions, of which the first counts."""
+    return tasks.example(key.family, key.level, "test", key.index, spec.side, num_questions=2)
 
 
 def load_model(folder: Path) -> Any:
@@ -50,7 +51,7 @@ def spec_of(model: Any) -> LabModel:
 
 @torch.inference_mode()
 def see(model: Any, example: Example, spec: LabModel) -> Asked:
-    """Embed an example's pictures and its first question."""
+    """Embed an example's pictures, its first question and the words of its last."""
     pictures, words = prompt_ids(len(example.images), example.question, spec)
     ids = torch.tensor(pictures + words)
     is_image = ids == model.config.image_token_id
@@ -61,4 +62,6 @@ def see(model: Any, example: Example, spec: LabModel) -> Asked:
     embeddings = model.model.get_input_embeddings()(ids).clone()
     embeddings[is_image] = model.model.multi_modal_projector(features).flatten(0, 1)
     scores = seen.attentions[-1][:, :, 0, 1:].mean(1)
-    return Asked(embeddings, is_image, scores)
+    _, other = prompt_ids(len(example.images), example.questions[-1].text, spec)
+    other_words = model.model.get_input_embeddings()(torch.tensor(other))
+    return Asked(embeddings, is_image, scores, other_words)

@@ -3,7 +3,8 @@
     python scripts/lab/report.py --json OUT.jsonl [MORE.jsonl ...] --out DIR
 
 Writes DIR/tables.md and PNGs: kept share per layer by task, per task by method, accuracy and kept
-share against tau, accuracy against cache bytes.
+share against tau, accuracy against cache bytes. Methods that have not answered all questions are
+marked in the tables and left out of the plots.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tasks
 
 FULL, ZIPVL = "full", "zipvl"
+COMPARED = (ZIPVL, "fixed-0.5", "random-0.5", "fastv", "hired-0.4", "minference-0.2")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=500, help="planned per family and level")
     return parser.parse_args()
 
 
@@ -55,35 +59,44 @@ def read(files: Iterable[Path]) -> list[Question]:
 
 
 class Share(NamedTuple):
-    """A share of n questions."""
+    """A share of n questions; NaN of none."""
 
     value: float
     n: int
 
     def interval(self) -> tuple[float, float]:
         """95 %, after Wilson (1927)."""
+        if self.n == 0:
+            return math.nan, math.nan
         z, p, n = 1.96, self.value, self.n
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return middle - half, middle + half
 
     def __str__(self) -> str:
+        if self.n == 0:
+            return ""
         low, high = self.interval()
         return f"{100 * self.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def accuracy(questions: Iterable[Question], method: str) -> Share:
-    right = [q.methods[method]["answer"] == q.expected for q in questions if method in q.methods]
-    return Share(sum(right) / max(1, len(right)), max(1, len(right)))
+    return _share(
+        q.methods[method]["answer"] == q.expected for q in questions if method in q.methods
+    )
 
 
 def agreement(questions: Iterable[Question], method: str, other: str) -> Share:
-    same = [
+    return _share(
         q.methods[method]["answer"] == q.methods[other]["answer"]
         for q in questions
         if method in q.methods and other in q.methods
-    ]
-    return Share(sum(same) / max(1, len(same)), max(1, len(same)))
+    )
+
+
+def _share(outcomes: Iterable[bool]) -> Share:
+    found = list(outcomes)
+    return Share(sum(found) / len(found) if found else math.nan, len(found))
 
 
 def mean(questions: Iterable[Question], method: str, figure: str) -> float:
@@ -111,15 +124,19 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def methods_table(questions: list[Question], methods: list[str]) -> str:
+def label(questions: list[Question], method: str, num_planned: int) -> str:
+    """A method's name, and how far it is if it has not answered everything."""
+    num = sum(method in q.methods for q in questions)
+    return method if num == num_planned else f"{method} ({num} of {num_planned} questions)"
+
+
+def methods_table(questions: list[Question], methods: list[str], num_planned: int) -> str:
     families = by_family(questions)
     rows = []
     for method in methods:
-        num = sum(method in q.methods for q in questions)
-        is_whole = num == len(questions)
         rows.append(
             [
-                method if is_whole else f"{method} ({num} of {len(questions)} questions)",
+                label(questions, method, num_planned),
                 percent(mean(questions, method, "kept")),
                 percent(1 - mean(questions, method, "flops")),
                 percent(mean(questions, method, "kv_bytes")),
@@ -132,23 +149,32 @@ def methods_table(questions: list[Question], methods: list[str]) -> str:
     return table([*heading, "all (95 %)", "as full %"], rows)
 
 
-def lists_table(questions: list[Question], methods: list[str]) -> str:
-    """Answers of several words, most of which are read from the compressed cache."""
-    lists = [q for q in questions if len(q.expected.split()) > 2]
+def lists_of(questions: list[Question]) -> list[Question]:
+    """Questions whose answer is read from the compressed cache, from its third word on."""
+    return [q for q in questions if len(q.expected.split()) > 2]
+
+
+def lists_table(questions: list[Question], methods: list[str], num_planned: int) -> str:
+    """Accuracy where the cache's precision counts."""
+    lists = lists_of(questions)
     rows = [
-        [method, str(accuracy(lists, method)), percent(agreement(lists, method, FULL).value)]
+        [
+            label(questions, method, num_planned),
+            str(accuracy(lists, method)),
+            percent(agreement(lists, method, FULL).value),
+        ]
         for method in methods
     ]
     return table(["method", f"accuracy on {len(lists)} lists", "as full %"], rows)
 
 
-def families_table(questions: list[Question]) -> str:
+def families_table(questions: list[Question], num_planned: int) -> str:
     """Accuracy of full attention by level, with its interval."""
     rows = []
     for family, group in by_family(questions).items():
         levels = [[q for q in group if q.level == level] for level in ("easy", "hard")]
         rows.append([family, *(str(accuracy(part, FULL)) for part in (*levels, group))])
-    return table(["family", "easy", "hard", "both"], rows)
+    return table([label(questions, FULL, num_planned), "easy", "hard", "both"], rows)
 
 
 def plot_layers(questions: list[Question], out: Path) -> None:
@@ -180,11 +206,11 @@ def plot_tasks(questions: list[Question], methods: list[str], out: Path) -> None
 
 def plot_tau(questions: list[Question], methods: list[str], out: Path) -> None:
     """Accuracy and kept share against tau: the paper's Figure 5."""
-    taus = sorted(
-        (float(match[1]), name)
-        for name in methods
-        if (match := re.fullmatch(r"zipvl-tau(.*)", name))
-    )
+    taus = [(0.975, ZIPVL)] if ZIPVL in methods else []
+    for name in methods:
+        if match := re.fullmatch(r"zipvl-tau(.*)", name):
+            taus.append((float(match[1]), name))
+    taus.sort()
     figure, left = plt.subplots(figsize=(6, 4))
     right = left.twinx()
     x = [tau for tau, _ in taus]
@@ -201,10 +227,11 @@ def plot_tau(questions: list[Question], methods: list[str], out: Path) -> None:
 
 
 def plot_bytes(questions: list[Question], methods: list[str], out: Path) -> None:
-    """Accuracy against cache bytes, all methods."""
+    """Accuracy on lists against cache bytes, all methods."""
+    lists = lists_of(questions)
     figure, axes = plt.subplots(figsize=(9, 6))
     for method in methods:
-        x, share = mean(questions, method, "kv_bytes"), accuracy(questions, method)
+        x, share = mean(lists, method, "kv_bytes"), accuracy(lists, method)
         if math.isnan(x):
             continue
         low, high = share.interval()
@@ -213,7 +240,7 @@ def plot_bytes(questions: list[Question], methods: list[str], out: Path) -> None
         axes.plot(100 * x, 100 * share.value, "o", color=colour)
         axes.annotate(method, (100 * x, 100 * share.value), fontsize=6, xytext=(3, 3),
                       textcoords="offset points")  # fmt: skip
-    axes.set(xlabel="KV bytes, % of 16 bit", ylabel="accuracy, %")
+    axes.set(xlabel="KV bytes, % of 16 bit", ylabel=f"accuracy on {len(lists)} lists, %")
     _save(figure, out)
 
 
@@ -229,22 +256,24 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     questions = read(arguments.json)
     methods = list(dict.fromkeys(name for q in questions for name in q.methods))
-    compared = [
-        name
-        for name in methods
-        if name in (ZIPVL, "fixed-0.5", "fastv", "hired-0.4") or name == "random-0.5"
-    ]
+    num_planned = 2 * len(tasks.FAMILIES) * arguments.questions
     parts = [
-        families_table(questions),
-        methods_table(questions, methods),
-        lists_table(questions, methods),
+        families_table(questions, num_planned),
+        methods_table(questions, methods, num_planned),
+        lists_table(questions, methods, num_planned),
     ]
     (out / "tables.md").write_text("\n\n".join(parts) + "\n")
-    plot_layers(questions, out / "kept_by_layer.png")
-    plot_tasks(questions, compared, out / "kept_by_task.png")
-    plot_tau(questions, methods, out / "tau.png")
-    plot_bytes(questions, methods, out / "kv_bytes.png")
     print((out / "tables.md").read_text())
+    whole = [name for name in methods if label(questions, name, num_planned) == name]
+    compared = [name for name in COMPARED if name in whole]
+    if ZIPVL in whole:
+        plot_layers(questions, out / "kept_by_layer.png")
+    if compared:
+        plot_tasks(questions, compared, out / "kept_by_task.png")
+    if FULL in whole and any(name.startswith("zipvl-tau") for name in whole):
+        plot_tau(questions, whole, out / "tau.png")
+    if lists_of(questions) and whole:
+        plot_bytes(questions, whole, out / "kv_bytes.png")
 
 
 if __name__ == "__main__":

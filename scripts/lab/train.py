@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import time
 from itertools import islice
 from pathlib import Path
@@ -82,20 +83,33 @@ class Trainer:
         if self.state_file.exists():
             self._resume()
 
+    def _recipe(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        unimportant = ("out", "workers", "evaluate_every")
+        given = {k: v for k, v in vars(self.arguments).items() if k not in unimportant}
+        return {**given, "spec": dataclasses.asdict(self.spec)}
+
     def _resume(self) -> None:
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        if state["spec"] != dataclasses.asdict(self.spec) or state["seed"] != self.arguments.seed:
-            raise SystemExit(f"{self.state_file} is of another run: {state['spec']}; choose --out")
+        for name, value in self._recipe().items():
+            if state["recipe"][name] != value:
+                raise SystemExit(
+                    f"{self.state_file} is of a run with {name} {state['recipe'][name]}, "
+                    f"not {value}; choose another --out"
+                )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds = state["step"], state["seconds"]
 
     def store(self) -> None:
-        """Write the state and the checkpoint, each whole or not at all."""
+        """Write the checkpoint and the state, each whole or not at all."""
+        model = self.arguments.out / "model"
+        save(self.model, self.spec, model.with_suffix(".unfinished"))
+        shutil.rmtree(model, ignore_errors=True)
+        model.with_suffix(".unfinished").rename(model)
         state = {
-            "spec": dataclasses.asdict(self.spec),
-            "seed": self.arguments.seed,
+            "recipe": self._recipe(),
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -144,11 +158,13 @@ class Trainer:
 
     def _sight_loss(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
         """Of naming what the patches show, and which words the picture shows at all."""
-        marks, labels = self._marks_logits(features).flatten(0, 2), batch.marks.flatten()
-        losses = torch.nn.functional.cross_entropy(marks, labels, reduction="none")
-        # Most patches show nothing, and would drown the others.
-        is_shown = labels != self.model.config.text_config.pad_token_id
-        of_patches = losses[is_shown].mean() + losses[~is_shown].mean()
+        marks = self._marks_logits(features).permute(0, 3, 1, 2)
+        losses = torch.nn.functional.cross_entropy(marks, batch.marks, reduction="none")
+        is_shown = batch.marks != self.model.config.text_config.pad_token_id
+        # Most patches show nothing, and the smallest kinds are the hardest to see: all alike.
+        num_shown = is_shown.sum((0, 1))
+        of_kinds = (losses * is_shown).sum((0, 1)) / num_shown.clamp(min=1)
+        of_patches = of_kinds.mean() + losses[~is_shown].mean()
         words = self.words_head(features[:, 0].float())
         shown = torch.zeros_like(words).scatter_(1, batch.marks.flatten(1), 1)
         return of_patches + torch.nn.functional.binary_cross_entropy_with_logits(words, shown)
@@ -186,7 +202,7 @@ class Trainer:
             loss = loss + torch.nn.functional.cross_entropy(logits, labels)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 1.0)
         self.optimiser.step()
         self.step += 1
         return loss.item()
@@ -244,7 +260,12 @@ class Trainer:
         """Train up to step `until`; the rate follows the steps that were asked for."""
         arguments = self.arguments
         batches = TrainingBatches(
-            self.spec, arguments.batch, self.step, arguments.seed, arguments.blind
+            self.spec,
+            arguments.batch,
+            self.step,
+            arguments.seed,
+            arguments.blind,
+            arguments.tower_steps,
         )
         self.model.train()
         losses: list[float] = []
@@ -259,9 +280,9 @@ class Trainer:
                 self.log(loss=round(sum(losses) / len(losses), 4), rate=self.rate())
                 losses.clear()
             if self.step % arguments.evaluate_every == 0 or is_over:
-                self.log(accuracy=self.accuracy(), seen=self.seen())
+                accuracy = self.accuracy() if self._is_whole else {}
+                self.log(accuracy=accuracy, seen=self.seen())
                 self.store()
-                save(self.model, self.spec, arguments.out / "model")
                 started = time.monotonic()
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from batches import (
     patch_marks,
     prompt_ids,
 )
-from drawing import Mark
+from drawing import Mark, write
 from examples import LEVELS
 from lab_model import LabModel, make_model, make_processor, make_tokenizer
+from PIL import Image
 
 SPEC = LabModel(side=84, layers=1, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
 EVERY = [(family, level) for family in tasks.FAMILIES for level in LEVELS]
@@ -93,12 +95,22 @@ def test_patches_are_marked_by_what_they_show() -> None:
     tokenizer = make_tokenizer()
     box = (0.5, 0.5, 0.84, 0.7)
     marks = patch_marks([Mark(box, shape="star", colour="red", text="42")], SPEC)
-    shape, colour, value, first, second, third = marks.view(6, 6, len(KINDS)).unbind(-1)
+    shape, colour, value, character, first, second, third = marks.view(6, 6, len(KINDS)).unbind(-1)
     shown = (shape == tokenizer.convert_tokens_to_ids("star")).nonzero().tolist()
     assert shown == [[3, 3], [3, 4]]
     assert torch.equal(colour != tokenizer.pad_token_id, shape != tokenizer.pad_token_id)
     assert tokenizer.decode([first[3, 3], second[3, 4]]) == "4 2"
-    assert (torch.stack([value, third]) == tokenizer.pad_token_id).all()
+    assert (torch.stack([value, character, third]) == tokenizer.pad_token_id).all()
+
+
+def test_a_written_character_is_marked_where_it_stands() -> None:
+    tokenizer = make_tokenizer()
+    written = write(Image.new("RGB", (336, 336)), 0.5, 0.5, "jam", 0.3, "red")
+    marks = patch_marks([written], LabModel()).view(24, 24, len(KINDS))
+    character, first = marks[12, :, 3], marks[12, :, 4]
+    shown = character[character != tokenizer.pad_token_id]
+    assert torch.equal(character != tokenizer.pad_token_id, first != tokenizer.pad_token_id)
+    assert [char for char, _ in groupby(tokenizer.decode(shown).split())] == [*"jam"]
 
 
 def test_a_batch_depends_on_its_index_alone() -> None:
@@ -110,6 +122,13 @@ def test_a_batch_depends_on_its_index_alone() -> None:
 def test_blind_pictures_are_all_the_same() -> None:
     blind = TrainingBatches(SPEC, 4, 0, 0, blind=True).batch(1)
     assert not blind.pixel_values.any()
+
+
+def test_the_tower_first_sees_pictures_without_questions() -> None:
+    batches = TrainingBatches(SPEC, 4, 0, 0, blind=False, tower_steps=2)
+    assert not batches.batch(1).input_ids.numel()
+    assert len(batches.batch(1).pixel_values) == 4
+    assert (batches.batch(2).labels != IGNORED).any()
 
 
 def train(out: Path, steps: int) -> dict:

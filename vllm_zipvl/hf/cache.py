@@ -93,6 +93,8 @@ class ZipVLLayer(DynamicLayer):
     ) -> torch.Tensor:
         """One row's new tokens: a chunk of its prompt, or a token of its answer.
 
+        After the prompt's first chunk, a single token is taken for one of the answer.
+
         Args:
             row: Index of the row in the batch.
             query: [num_heads, num_queries, head_size].
