@@ -5,7 +5,9 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
+import family_album
 import family_charts
+import family_frames
 import numpy as np
 import primer
 import tasks
@@ -165,13 +167,21 @@ class TrainingBatches(IterableDataset):
         seed: Other batches for another one.
         blind: Show grey pictures.
         tower_steps: Batches for the vision tower alone, at the start.
+        albums: Draw albums too.
     """
 
     def __init__(
-        self, spec: LabModel, size: int, first: int, seed: int, blind: bool, tower_steps: int = 0
+        self,
+        spec: LabModel,
+        size: int,
+        first: int,
+        seed: int,
+        blind: bool,
+        tower_steps: int = 0,
+        albums: bool = False,
     ) -> None:
         self.spec, self.size, self.first = spec, size, first
-        self.seed, self.blind, self.tower_steps = seed, blind, tower_steps
+        self.seed, self.blind, self.tower_steps, self.albums = seed, blind, tower_steps, albums
 
     def batch(self, index: int) -> Batch:
         random = Random(f"{self.seed}/{index}")
@@ -189,10 +199,14 @@ class TrainingBatches(IterableDataset):
         return [Example(case.images, case.marks, []) for case in cases]
 
     def _to_ask(self, random: Random, index: int) -> list[Example]:
-        """One in six batches shows several pictures a question, and holds fewer questions."""
-        several = index % len(tasks.FAMILIES) == 0
-        families = ("frames",) if several else SINGLE
-        size = max(1, self.size // 4) if several else self.size
+        """One in six batches shows several pictures a question, one in six may show albums."""
+        turn = index % len(tasks.FAMILIES)
+        families = SINGLE
+        if turn == 0:
+            families = (family_frames.NAME,)
+        elif turn == 1 and self.albums:
+            families = (family_album.NAME,)
+        size = max(1, self.size // tasks.num_pictures(families[0]))
         return [
             tasks.example(
                 random.choice(families),

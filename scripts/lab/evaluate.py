@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tasks
 import torch
 from batches import tokenizer_of_tasks
 from decoder import Decoder
@@ -31,6 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument(
+        "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
+    )
     parser.add_argument("--questions", type=int, default=500, help="per family and level")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     return parser.parse_args()
@@ -123,7 +127,7 @@ def main() -> None:
     arguments = parse_arguments()
     done = answered(arguments.json, method_digests(arguments.model))
     todo = []
-    for key in test_set(arguments.questions):
+    for key in test_set(arguments.questions, arguments.families):
         methods = [name for name in arguments.methods if (key, name) not in done]
         if methods:
             todo.append((key, methods))

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tasks
 from decoder import MAX_ANSWER
 from evaluate import answered, method_digests
 from examples import Example
@@ -31,6 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=served, default=["full", "zipvl"])
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument(
+        "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
+    )
     parser.add_argument("--questions", type=int, default=500, help="per family and level")
     return parser.parse_args()
 
@@ -86,7 +90,11 @@ def main() -> None:
     done = answered(arguments.json, digests)
     for name in arguments.methods:
         label = f"engine {name}"
-        todo = [key for key in test_set(arguments.questions) if (key, label) not in done]
+        todo = [
+            key
+            for key in test_set(arguments.questions, arguments.families)
+            if (key, label) not in done
+        ]
         if not todo:
             continue
         llm = start(arguments.model, name)

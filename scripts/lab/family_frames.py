@@ -7,13 +7,13 @@ from examples import EASY, Case, Question
 from family_objects import things_of
 
 NAME = "frames"
-NUM_FRAMES = 4
+NUM_PICTURES = 4
 
 
 def draw(random: Random, level: str, side: int) -> Case:
     """Each frame shows one red object, when hard among two others that are never red."""
     num_others = 0 if level == EASY else 2
-    shapes = [random.choice(SHAPES) for _ in range(NUM_FRAMES)]
+    shapes = [random.choice(SHAPES) for _ in range(NUM_PICTURES)]
     others = [colour for colour in COLOURS if colour != "red"]
     images, marks = [], []
     for shape in shapes:
@@ -28,7 +28,7 @@ def draw(random: Random, level: str, side: int) -> Case:
         if kind == "list":
             return Question("list the red shapes of all pictures", " ".join(shapes))
         if kind == "after":
-            place = random.randrange(NUM_FRAMES - 1)
+            place = random.randrange(NUM_PICTURES - 1)
             return Question(f"what red shape comes after picture {place + 1}", shapes[place + 1])
         asked = random.choice(SHAPES if kind == "often" else shapes)
         if kind == "often":

@@ -22,7 +22,7 @@ def writing(random: Random) -> str:
     return random.choice(WORDS) if is_word else str(random.randint(10, 99))
 
 
-def _writings(random: Random, num: int) -> list[str]:
+def writings(random: Random, num: int) -> list[str]:
     """Different ones, words and numbers."""
     found: list[str] = []
     while len(found) < num:
@@ -55,7 +55,7 @@ def _draw(random: Random, num_texts: int, side: int) -> tuple[Case, bool]:
     ]
     image = scene(random, side, things)
     colours = random.sample(list(COLOURS), num_texts)
-    texts = _writings(random, num_texts)
+    texts = writings(random, num_texts)
     marks = [thing.mark for thing in things]
     for (x, y), text, colour in zip(places[num_things:], texts, colours, strict=True):
         marks.append(write(image, min(max(x, 0.17), 0.83), y, text, HEIGHT, colour))

@@ -1,6 +1,6 @@
 """The test set, and what a model's language part sees of a question."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ class Key(NamedTuple):
     index: int
 
 
-def test_set(num_per_level: int) -> Iterator[Key]:
+def test_set(num_per_level: int, families: Iterable[str] = tuple(tasks.FAMILIES)) -> Iterator[Key]:
     """Families and levels take turns, so that a part of it is balanced too."""
     for index in range(num_per_level):
-        for family in tasks.FAMILIES:
+        for family in families:
             for level in LEVELS:
                 yield Key(family, level, index)
 

@@ -33,6 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
+    )
     parser.add_argument("--questions", type=int, default=500, help="planned per family and level")
     return parser.parse_args()
 
@@ -254,9 +257,9 @@ def main() -> None:
     arguments = parse_arguments()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    questions = read(arguments.json)
+    questions = [q for q in read(arguments.json) if q.family in arguments.families]
     methods = list(dict.fromkeys(name for q in questions for name in q.methods))
-    num_planned = 2 * len(tasks.FAMILIES) * arguments.questions
+    num_planned = 2 * len(arguments.families) * arguments.questions
     parts = [
         families_table(questions, num_planned),
         methods_table(questions, methods, num_planned),

@@ -2,6 +2,7 @@
 
 from random import Random
 
+import family_album
 import family_charts
 import family_frames
 import family_objects
@@ -21,7 +22,15 @@ FAMILIES = {
         family_frames,
     )
 }
+VARIANTS = {family_album.NAME: family_album}
+"""Beside the families: 2,592 and more image tokens a prompt at 144 a picture."""
+CHOICES = (*FAMILIES, *VARIANTS)
 SPLITS = ("train", "validation", "test")
+
+
+def num_pictures(family: str) -> int:
+    """That a question sees."""
+    return getattr((FAMILIES | VARIANTS)[family], "NUM_PICTURES", 1)
 
 
 def example(
@@ -30,7 +39,7 @@ def example(
     """The same picture and questions whenever they are asked for.
 
     Args:
-        family: One of `FAMILIES`.
+        family: One of `FAMILIES` or `VARIANTS`.
         level: One of `LEVELS`.
         split: One of `SPLITS`; they share no picture.
         index: Which example.
@@ -40,10 +49,11 @@ def example(
     Raises:
         ValueError: An unknown family, level or split.
     """
-    for value, choices in ((family, tuple(FAMILIES)), (level, LEVELS), (split, SPLITS)):
+    drawn_by = FAMILIES | VARIANTS
+    for value, choices in ((family, tuple(drawn_by)), (level, LEVELS), (split, SPLITS)):
         if value not in choices:
             raise ValueError(f"{value!r} must be one of {choices}")
     # A string as the seed, so that no two of them can lead to the same numbers.
     random = Random(f"{family}/{level}/{split}/{index}")
-    case = FAMILIES[family].draw(random, level, side)
+    case = drawn_by[family].draw(random, level, side)
     return Example(case.images, case.marks, questions(case, random, num_questions))

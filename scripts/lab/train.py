@@ -4,7 +4,8 @@
 
 Writes DIR/state.pt (to go on from), DIR/log.jsonl (loss and held-out accuracy) and, at each
 evaluation, DIR/model (a checkpoint that transformers and vLLM load). With --blind all pictures are
-grey: what that model answers is what guessing from the question is worth.
+grey: what that model answers is what guessing from the question is worth. With --albums, one batch
+in six is of long prompts; --start takes the weights of another run's DIR/model.
 """
 
 import argparse
@@ -31,12 +32,15 @@ from batches import (
 )
 from examples import LEVELS
 from lab_model import PRESETS, LabModel, make_model, save
+from transformers import LlavaForConditionalGeneration
 
 WARM_UP_STEPS = 200
 SIGHT_WEIGHT = 0.5
 """Of the vision tower's own loss, beside the loss over answers."""
 EVALUATED = 48
-"""Held-out pictures per family and level at an evaluation, with `QUESTIONS` each."""
+"""Held-out examples per family and level at an evaluation, with `QUESTIONS` each."""
+EVALUATED_AT_ONCE = 64
+"""Pictures."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blind", action="store_true")
+    parser.add_argument("--albums", action="store_true")
+    parser.add_argument("--start", type=Path, help="checkpoint to start from")
     return parser.parse_args()
 
 
@@ -66,7 +72,11 @@ class Trainer:
         self.spec: LabModel = PRESETS[arguments.preset]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
-        self.model = make_model(self.spec).to(self.device)
+        self.model = make_model(self.spec)
+        if arguments.start:
+            started = LlavaForConditionalGeneration.from_pretrained(arguments.start)
+            self.model.load_state_dict(started.state_dict())
+        self.model.to(self.device)
         vocab = self.model.config.text_config.vocab_size
         # Names what each patch shows, so that the tower learns to see before it is asked.
         self.marks_head = torch.nn.Linear(self.spec.vision_hidden_size, len(KINDS) * vocab)
@@ -87,7 +97,8 @@ class Trainer:
         """What must be the same when a run goes on."""
         unimportant = ("out", "workers", "evaluate_every")
         given = {k: v for k, v in vars(self.arguments).items() if k not in unimportant}
-        return {**given, "spec": dataclasses.asdict(self.spec)}
+        start = self.arguments.start and str(self.arguments.start)
+        return {**given, "start": start, "spec": dataclasses.asdict(self.spec)}
 
     def _resume(self) -> None:
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
@@ -212,11 +223,12 @@ class Trainer:
         """Share of held-out questions whose answer's tokens are all the likeliest ones."""
         self.model.eval()
         found = {}
-        for family in tasks.FAMILIES:
+        for family in (*tasks.FAMILIES, *(tasks.VARIANTS if self.arguments.albums else ())):
+            size = max(1, EVALUATED_AT_ONCE // tasks.num_pictures(family))
             for level in LEVELS:
                 right, asked = 0, 0
-                for start in range(0, EVALUATED, 16):
-                    indices = range(start, start + 16)
+                for start in range(0, EVALUATED, size):
+                    indices = range(start, min(start + size, EVALUATED))
                     side = self.spec.side
                     drawn = [
                         tasks.example(family, level, "validation", i, side, QUESTIONS)
@@ -266,6 +278,7 @@ class Trainer:
             arguments.seed,
             arguments.blind,
             arguments.tower_steps,
+            arguments.albums,
         )
         self.model.train()
         losses: list[float] = []

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.hf import ZipVLCache
+from vllm_zipvl.hf.attention import zipvl_attention
 
 KEEP_ALL = ZipVLConfig(tau=1.0, high_bits=16, low_bits=16, interval=16, min_tokens=32)
 LOSSY = ZipVLConfig(ratio=0.4, interval=16, residual=16, min_tokens=64)
@@ -88,6 +89,24 @@ def test_a_padded_row_is_the_row_alone(model, inputs, low_bits) -> None:
         assert torch.equal(generate(model, given, cache)[0], outputs[row])
         for mine, its in zip(cache.prompt_masks(0), padded.prompt_masks(row), strict=True):
             assert torch.equal(mine, its)
+
+
+def test_what_is_not_kept_neither_attends_nor_is_attended_to() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 120, 32) for heads in (4, 2, 2))
+    cache = zipvl_cache(LOSSY)
+    key, value = cache.update(key, value, 0)
+    module = torch.nn.Module()
+    module.is_causal = True
+    out, _ = zipvl_attention(module, query, key, value, None)
+    kept = cache.selections()[0].kept
+    assert 0 < kept.sum() < 120
+    expected = torch.zeros_like(query)
+    # Causal among the kept tokens alone, as if there were no others.
+    expected[:, :, kept] = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, kept], key[:, :, kept], value[:, :, kept], is_causal=True, enable_gqa=True
+    )
+    assert torch.allclose(out.transpose(1, 2), expected, atol=1e-6)
 
 
 def test_nothing_attends_to_what_was_evicted(model, inputs) -> None:

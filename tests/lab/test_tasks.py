@@ -19,7 +19,7 @@ ANSWERS = {
     "yes", "no", *COLOURS, *SHAPES, *family_words.WORDS, *family_charts.LETTERS,
     *(str(number) for number in range(100)),
 }  # fmt: skip
-EVERY = [(family, level) for family in tasks.FAMILIES for level in LEVELS]
+EVERY = [(family, level) for family in tasks.CHOICES for level in LEVELS]
 
 
 def draw(family: str, level: str, split: str = "train", num: int = 120) -> list[Example]:

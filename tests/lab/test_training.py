@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import family_album
 import pytest
 import tasks
 import torch
@@ -26,7 +27,7 @@ from lab_model import LabModel, make_model, make_processor, make_tokenizer
 from PIL import Image
 
 SPEC = LabModel(side=84, layers=1, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
-EVERY = [(family, level) for family in tasks.FAMILIES for level in LEVELS]
+EVERY = [(family, level) for family in tasks.CHOICES for level in LEVELS]
 TRAIN = Path(__file__).parents[2] / "scripts" / "lab" / "train.py"
 
 
@@ -129,6 +130,13 @@ def test_the_tower_first_sees_pictures_without_questions() -> None:
     assert not batches.batch(1).input_ids.numel()
     assert len(batches.batch(1).pixel_values) == 4
     assert (batches.batch(2).labels != IGNORED).any()
+
+
+def test_albums_come_when_asked_for() -> None:
+    for albums in (False, True):
+        batches = TrainingBatches(SPEC, 4, 0, 0, blind=False, albums=albums)
+        counts = [len(batches.batch(index).pixel_values) for index in range(3)]
+        assert counts == [4, family_album.NUM_PICTURES if albums else 4, 4]
 
 
 def train(out: Path, steps: int) -> dict:
