@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
-MAX_ANSWER = 10
-"""Tokens; the longest list has nine words and an end."""
+MAX_ANSWER = 32
+"""Tokens; the longest list has nine words."""
 
 
 class Asked(NamedTuple):

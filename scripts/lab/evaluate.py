@@ -17,8 +17,9 @@ from typing import Any
 
 import tasks
 import torch
-from batches import tokenizer_of_tasks
+import transformers
 from decoder import Decoder
+from examples import Example
 from method_zipvl import LAB_SETTINGS
 from methods import METHODS
 from questions import Key, draw, load_model, see, spec_of, test_set
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
     )
     parser.add_argument("--questions", type=int, default=500, help="per family and level")
+    parser.add_argument("--suffix", default="", help="follows every question")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     return parser.parse_args()
 
@@ -73,50 +75,56 @@ def digest(folder: Path, *what: object) -> str:
     return found.hexdigest()[:12]
 
 
-def method_digests(folder: Path) -> dict[str, str]:
-    return {name: digest(folder, LAB_SETTINGS, method) for name, method in METHODS.items()}
+def method_digests(folder: Path, suffix: str) -> dict[str, str]:
+    return {name: digest(folder, suffix, LAB_SETTINGS, method) for name, method in METHODS.items()}
+
+
+def describe(key: Key, example: Example, processor: Any, num_tokens: int) -> dict[str, Any]:
+    """What a row says beside the methods' answers."""
+    answer = processor.tokenizer(example.answer, add_special_tokens=False).input_ids
+    return {
+        **key._asdict(),
+        "question": example.question,
+        "tokens": num_tokens,
+        "expected": example.answer,
+        "expected_tokens": len(answer),
+    }
 
 
 class Worker:
     """One process: a model, and questions one by one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, suffix: str) -> None:
         torch.set_num_threads(1)
-        self.model = load_model(folder)
+        self.model, self.suffix = load_model(folder), suffix
+        self.processor = transformers.AutoProcessor.from_pretrained(folder)
         self.spec, self.decoder = spec_of(self.model), Decoder(self.model)
-        self.digests = method_digests(folder)
+        self.digests = method_digests(folder, suffix)
 
     @torch.inference_mode()
     def row(self, key: Key, methods: list[str]) -> dict[str, Any]:
         example = draw(key, self.spec)
-        asked = see(self.model, example, self.spec)
+        asked = see(self.model, self.processor, example, self.suffix)
         found = {}
         for name in methods:
             outcome = METHODS[name](self.decoder, asked)
             found[name] = {
                 "digest": self.digests[name],
-                "answer": tokenizer_of_tasks().decode(outcome.answer),
+                "answer": self.processor.tokenizer.decode(outcome.answer),
                 "kept": [round(share, 4) for share in outcome.kept],
                 "flops": round(outcome.flops, 4),
                 "kv_bytes": round(outcome.kv_bytes, 4),
             }
-        return {
-            **key._asdict(),
-            "question": example.question,
-            "expected": tokenizer_of_tasks().decode(
-                tokenizer_of_tasks()(example.answer).input_ids[1:]
-            ),
-            "tokens": asked.num_tokens,
-            "methods": found,
-        }
+        row = describe(key, example, self.processor, asked.num_tokens)
+        return {**row, "methods": found}
 
 
 _worker: Worker
 
 
-def _start(folder: Path) -> None:
+def _start(folder: Path, suffix: str) -> None:
     global _worker
-    _worker = Worker(folder)
+    _worker = Worker(folder, suffix)
 
 
 def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    done = answered(arguments.json, method_digests(arguments.model))
+    done = answered(arguments.json, method_digests(arguments.model, arguments.suffix))
     todo = []
     for key in test_set(arguments.questions, arguments.families):
         methods = [name for name in arguments.methods if (key, name) not in done]
@@ -133,7 +141,7 @@ def main() -> None:
             todo.append((key, methods))
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(arguments.workers, _start, (arguments.model,)) as pool,
+        context.Pool(arguments.workers, _start, (arguments.model, arguments.suffix)) as pool,
         arguments.json.open("a") as file,
     ):
         for row in tqdm(pool.imap(_run, todo, chunksize=4), total=len(todo), unit="question"):

@@ -12,13 +12,13 @@ from typing import Any
 
 import tasks
 from decoder import MAX_ANSWER
-from evaluate import answered, method_digests
-from examples import Example
-from lab_model import LabModel, make_tokenizer
+from evaluate import answered, describe, method_digests
+from lab_model import LabModel
 from method_zipvl import BLOCK_SIZE, LAB_SETTINGS, ZipVL
 from methods import METHODS
-from questions import Key, draw, test_set
+from questions import draw, prompt, test_set
 from tqdm import tqdm
+from transformers import AutoProcessor
 
 BATCH = 120
 """Questions handed to the engine at once."""
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
     )
+    parser.add_argument("--suffix", default="", help="follows every question")
     parser.add_argument("--questions", type=int, default=500, help="per family and level")
     return parser.parse_args()
 
@@ -69,23 +70,14 @@ def start(folder: Path, name: str) -> Any:
     )
 
 
-def request(example: Example) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in example.images]
-    content.append({"type": "text", "text": example.question})
-    prompt = make_tokenizer().apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    # The engine adds the token that begins a text itself.
-    return {"prompt": prompt, "multi_modal_data": {"image": example.images}}
-
-
 def main() -> None:
     arguments = parse_arguments()
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER)
     spec = spec_of(arguments.model)
-    of_methods = method_digests(arguments.model)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    of_methods = method_digests(arguments.model, arguments.suffix)
     digests = {f"engine {name}": of_methods[name] for name in arguments.methods}
     done = answered(arguments.json, digests)
     for name in arguments.methods:
@@ -102,24 +94,21 @@ def main() -> None:
             for first in range(0, len(todo), BATCH):
                 keys = todo[first : first + BATCH]
                 examples = [draw(key, spec) for key in keys]
-                outputs = llm.generate([*map(request, examples)], greedy, use_tqdm=False)
+                requests = [
+                    {
+                        "prompt": prompt(processor, one, one.question + arguments.suffix),
+                        "multi_modal_data": {"image": one.images},
+                    }
+                    for one in examples
+                ]
+                outputs = llm.generate(requests, greedy, use_tqdm=False)
                 for key, example, output in zip(keys, examples, outputs, strict=True):
-                    write(file, key, example, label, digests[label], output)
+                    found = {"digest": digests[label], "answer": output.outputs[0].text}
+                    row = describe(key, example, processor, len(output.prompt_token_ids))
+                    file.write(json.dumps({**row, "methods": {label: found}}) + "\n")
                 file.flush()
                 bar.update(len(keys))
         llm.llm_engine.engine_core.shutdown()
-
-
-def write(file: Any, key: Key, example: Example, label: str, digest: str, output: Any) -> None:
-    tokenizer = make_tokenizer()
-    row = {
-        **key._asdict(),
-        "question": example.question,
-        "expected": tokenizer.decode(tokenizer(example.answer).input_ids[1:]),
-        "tokens": len(output.prompt_token_ids),
-        "methods": {label: {"digest": digest, "answer": output.outputs[0].text.strip()}},
-    }
-    file.write(json.dumps(row) + "\n")
 
 
 def is_served(name: str, method: Any) -> bool:

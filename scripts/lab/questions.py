@@ -1,5 +1,6 @@
 """The test set, and what a model's language part sees of a question."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,6 @@ from typing import Any, NamedTuple
 import tasks
 import torch
 import transformers
-from batches import pixels, prompt_ids
 from decoder import Asked
 from examples import LEVELS, Example
 from lab_model import LabModel
@@ -49,19 +49,41 @@ def spec_of(model: Any) -> LabModel:
     return LabModel(side=vision.image_size, patch_size=vision.patch_size)
 
 
+def prompt(processor: Any, example: Example, question: str) -> str:
+    """A question about all pictures of an example, through the model's chat template."""
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in example.images]
+    content.append({"type": "text", "text": question})
+    message = {"role": "user", "content": content}
+    return processor.apply_chat_template([message], add_generation_prompt=True)
+
+
+def normal(text: str) -> str:
+    """Letters and digits alone: tokenizers differ in spaces, models in capitals and full stops."""
+    return "".join(re.findall(r"[a-z0-9]", text.lower()))
+
+
 @torch.inference_mode()
-def see(model: Any, example: Example, spec: LabModel) -> Asked:
-    """Embed an example's pictures, its first question and the words of its last."""
-    pictures, words = prompt_ids(len(example.images), example.question, spec)
-    ids = torch.tensor(pictures + words)
-    is_image = ids == model.config.image_token_id
+def see(model: Any, processor: Any, example: Example, suffix: str = "") -> Asked:
+    """Embed an example's pictures, its first question and the words of its last.
+
+    Args:
+        model: A LLaVA whose vision tower returns attention weights.
+        processor: The model's own.
+        example: Pictures and questions.
+        suffix: Follows every question, as "Answer with one word."
+    """
+    texts = [prompt(processor, example, question.text + suffix) for question in example.questions]
+    inputs = processor(images=example.images, text=texts[0], return_tensors="pt")
+    ids = inputs.input_ids[0]
     seen = model.model.vision_tower(
-        pixels(example), output_hidden_states=True, output_attentions=True
+        inputs.pixel_values, output_hidden_states=True, output_attentions=True
     )
     features = seen.hidden_states[model.config.vision_feature_layer][:, 1:]
-    embeddings = model.model.get_input_embeddings()(ids).clone()
+    embed = model.model.get_input_embeddings()
+    is_image = ids == model.config.image_token_id
+    embeddings = embed(ids).clone()
     embeddings[is_image] = model.model.multi_modal_projector(features).flatten(0, 1)
     scores = seen.attentions[-1][:, :, 0, 1:].mean(1)
-    _, other = prompt_ids(len(example.images), example.questions[-1].text, spec)
-    other_words = model.model.get_input_embeddings()(torch.tensor(other))
-    return Asked(embeddings, is_image, scores, other_words)
+    other = processor(images=example.images, text=texts[-1], return_tensors="pt").input_ids[0]
+    last_image = int((other == model.config.image_token_id).nonzero().max())
+    return Asked(embeddings, is_image, scores, embed(other[last_image + 1 :]))

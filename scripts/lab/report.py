@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tasks
+from questions import normal
 
 FULL, ZIPVL = "full", "zipvl"
 COMPARED = (ZIPVL, "fixed-0.5", "random-0.5", "fastv", "hired-0.4", "minference-0.2")
@@ -41,12 +42,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Question(NamedTuple):
-    """A question of the test set with all answers to it."""
+    """A question of the test set with all answers to it.
+
+    Attributes:
+        family: One of the tasks'.
+        level: Easy or hard.
+        expected: The answer in its normal form.
+        num_tokens: Of the expected answer.
+        methods: What each method answered, and its figures.
+    """
 
     family: str
     level: str
-    text: str
     expected: str
+    num_tokens: int
     methods: dict[str, dict[str, Any]]
 
 
@@ -56,7 +65,10 @@ def read(files: Iterable[Path]) -> list[Question]:
     for file in files:
         for row in map(json.loads, file.read_text().splitlines()):
             key = (row["family"], row["level"], row["index"])
-            rest = Question(row["family"], row["level"], row["question"], row["expected"], {})
+            for outcome in row["methods"].values():
+                outcome["answer"] = normal(outcome["answer"])
+            expected = normal(row["expected"])
+            rest = Question(row["family"], row["level"], expected, row["expected_tokens"], {})
             found.setdefault(key, rest).methods.update(row["methods"])
     return list(found.values())
 
@@ -153,8 +165,8 @@ def methods_table(questions: list[Question], methods: list[str], num_planned: in
 
 
 def lists_of(questions: list[Question]) -> list[Question]:
-    """Questions whose answer is read from the compressed cache, from its third word on."""
-    return [q for q in questions if len(q.expected.split()) > 2]
+    """Questions whose answer is read from the compressed cache, from its third token on."""
+    return [q for q in questions if q.num_tokens > 2]
 
 
 def lists_table(questions: list[Question], methods: list[str], num_planned: int) -> str:

@@ -137,11 +137,15 @@ OPERATIONS = st.builds(
 )
 
 
-# Random schedules rarely preempt a request whose output fills blocks that are found again.
-OUTPUT_FOUND_AGAIN = {
-    "case": Case(
+def written_out(
+    kind: str, phase: str, lengths: list[int], compress: bool = True, is_late: bool = True
+) -> dict[str, object]:
+    """A schedule with something that random ones may miss."""
+    case = Case(
         zipvl={
-            "compress": False,
+            "high_bits": 16,
+            "low_bits": 16,
+            "compress": compress,
             "min_tokens": MIN_TOKENS,
             "residual": 0,
             "interval": 16,
@@ -150,25 +154,30 @@ OUTPUT_FOUND_AGAIN = {
         block_size=16,
         spare_blocks=0,
         max_num_seqs=4,
-        is_async=False,
+        is_async=is_late,
         is_v2=False,
-        report_lag=0,
+        report_lag=int(is_late),
         by_priority=False,
-    ),
-    "seed": 0,
-    "operations": [
-        Operation(
-            prompts=[Prompt(0, length, 0, 200, prompt_logprobs=False) for length in (1, 1, 31, 31)],
-            kind="none",
-            phase="waiting",
-            is_patient=False,
-            is_last=False,
-            drop_output=False,
-            num_steps=0,
-            budget=1000,
-        )
-    ],
-}
+    )
+    operation = Operation(
+        prompts=[Prompt(0, length, 0, 200, prompt_logprobs=False) for length in lengths],
+        kind=kind,
+        phase=phase,
+        is_patient=True,
+        is_last=False,
+        drop_output=False,
+        num_steps=0,
+        budget=64 if phase == "prefilling" else 1000,
+    )
+    return {"case": case, "seed": 0, "operations": [operation]}
+
+
+WRITTEN_OUT = [
+    *(written_out("abort", phase, [130]) for phase in PHASES),
+    *(written_out("preempt", phase, [130]) for phase in PHASES[1:]),
+    # Output fills blocks; its request is preempted, and they are found again.
+    written_out("none", "waiting", [1, 1, 31, 31], compress=False, is_late=False),
+]
 
 
 def run(base: Base, case: Case, seed: int, operations: list[Operation]) -> Counter[str]:
@@ -196,9 +205,10 @@ def test_no_schedule_loses_shares_or_overwrites_memory(base: Base) -> None:
         seed=st.integers(0, 2**16),
         operations=st.lists(OPERATIONS, min_size=2, max_size=7),
     )
-    @example(**OUTPUT_FOUND_AGAIN)
     def check(case: Case, seed: int, operations: list[Operation]) -> None:
         seen.update(run(base, case, seed, operations))
 
+    for schedule in WRITTEN_OUT:
+        check = example(**schedule)(check)
     check()
     assert seen.keys() >= RACES, f"not met: {sorted(RACES - seen.keys())}"

@@ -16,7 +16,8 @@ from method_masks import MaskedPrefill, QKSparse, VerticalSlash
 from method_pruning import FastV, HiRED
 from method_zipvl import ZipVL, at_random
 from methods import METHODS
-from questions import load_model, see, spec_of
+from questions import load_model, normal, see, spec_of
+from transformers import AutoProcessor
 
 SPEC = LabModel(side=84, layers=4, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
 EVALUATE = Path(__file__).parents[2] / "scripts" / "lab" / "evaluate.py"
@@ -56,9 +57,12 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def asked(model) -> list[Asked]:
+def asked(folder, model) -> list[Asked]:
+    processor = AutoProcessor.from_pretrained(folder)
     families = ("objects", "frames", "words")
-    return [see(model, tasks.example(f, "hard", "test", 0, SPEC.side, 2), SPEC) for f in families]
+    return [
+        see(model, processor, tasks.example(f, "hard", "test", 0, SPEC.side, 2)) for f in families
+    ]
 
 
 def run(model, method, asked: Asked):
@@ -68,6 +72,10 @@ def run(model, method, asked: Asked):
 
 def test_the_sizes_of_a_model_are_found(model) -> None:
     assert spec_of(model).tokens_per_image == SPEC.tokens_per_image == 36
+
+
+def test_answers_are_compared_by_letters_and_digits() -> None:
+    assert normal(" 8 1 Red.") == normal("81 red") != normal("81 rod")
 
 
 def test_full_answers_as_generate_does(model, asked) -> None:
@@ -214,7 +222,7 @@ def test_partial_results_are_not_reported_as_whole(tmp_path) -> None:
     rows = [
         {
             "family": "objects", "level": "easy", "index": i, "question": "?", "tokens": 9,
-            "expected": "red" if i < 3 else "blue",
+            "expected": "red" if i < 3 else "blue", "expected_tokens": 1,
             "methods": {"full": found, **({"zipvl": found} if i < 2 else {})},
         }
         for i in range(4)
@@ -236,7 +244,14 @@ def test_a_report_of_few_methods_has_the_figures_it_can_have(tmp_path, monkeypat
         for level in ("easy", "hard"):
             found = {"answer": "red blue red", "kept": [0.5, 0.4], "flops": 0.2, "kv_bytes": 0.2}
             row = {"family": family, "level": level, "index": 0, "question": "?", "tokens": 9}
-            rows.append({**row, "expected": found["answer"], "methods": {"full": found}})
+            rows.append(
+                {
+                    **row,
+                    "expected": found["answer"],
+                    "expected_tokens": 3,
+                    "methods": {"full": found},
+                }
+            )
             rows[-1]["methods"]["zipvl"] = {**found, "answer": "red"}
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
