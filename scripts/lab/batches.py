@@ -41,6 +41,7 @@ class Batch(NamedTuple):
         pixel_values: float32 [num_images, 3, side, side].
         marks: int64 [num_images, tokens_per_image, len(KINDS)], the token that says what a patch
             shows; the padding token for nothing.
+        is_given: Bool [num_images, tokens_per_image], the patches that `input_ids` has tokens for.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     pixel_values: torch.Tensor
     marks: torch.Tensor
+    is_given: torch.Tensor
 
     def attention_mask(self) -> torch.Tensor:
         """Bool [batch, 1, length, length]: a question sees the pictures and itself alone."""
@@ -122,16 +124,19 @@ class _Row(NamedTuple):
 _PADDING = _Row([0], [0], [-1], [IGNORED])
 
 
-def _row(example: Example, spec: LabModel) -> _Row:
+def _row(example: Example, spec: LabModel, is_given: list[bool]) -> _Row:
     tokenizer = tokenizer_of_tasks()
+    image = tokenizer.convert_tokens_to_ids("<image>")
     row = _Row([], [], [], [])
     for part, question in enumerate(example.questions, start=1):
         pictures, words = prompt_ids(len(example.images), question.text, spec)
         if part == 1:
-            row.input_ids.extend(pictures)
-            row.position_ids.extend(range(len(pictures)))
-            row.parts.extend([0] * len(pictures))
-            row.labels.extend([IGNORED] * len(pictures))
+            patches = iter(is_given)
+            places = [i for i, token in enumerate(pictures) if token != image or next(patches)]
+            row.input_ids.extend(pictures[i] for i in places)
+            row.position_ids.extend(places)
+            row.parts.extend([0] * len(places))
+            row.labels.extend([IGNORED] * len(places))
         answer = tokenizer(question.answer, add_special_tokens=False).input_ids
         answer.append(tokenizer.eos_token_id)
         length = len(words) + len(answer)
@@ -142,9 +147,25 @@ def _row(example: Example, spec: LabModel) -> _Row:
     return row
 
 
-def collate(examples: list[Example], spec: LabModel, blind: bool = False) -> Batch:
-    """Questions with their answers; `blind` shows grey pictures."""
-    rows = [_row(example, spec) for example in examples]
+def collate(
+    examples: list[Example], spec: LabModel, blind: bool = False, only_marked: bool = False
+) -> Batch:
+    """Questions with their answers.
+
+    Args:
+        examples: A row each.
+        spec: Of the model.
+        blind: Show grey pictures.
+        only_marked: Leave out the tokens of patches that show nothing; the others keep their
+            positions.
+    """
+    marks = [[patch_marks(one, spec) for one in example.marks] for example in examples]
+    pad = tokenizer_of_tasks().pad_token_id
+    given = [(torch.stack(of_one) != pad).any(-1) | (not only_marked) for of_one in marks]
+    rows = [
+        _row(example, spec, is_given.flatten().tolist())
+        for example, is_given in zip(examples, given, strict=True)
+    ]
     length = max(len(row.input_ids) for row in rows)
     padded = [
         [values + pad * (length - len(values)) for values in field]
@@ -153,8 +174,8 @@ def collate(examples: list[Example], spec: LabModel, blind: bool = False) -> Bat
     pictures = torch.cat([pixels(example) for example in examples])
     if blind:
         pictures = torch.zeros_like(pictures)
-    marks = [patch_marks(marks, spec) for example in examples for marks in example.marks]
-    return Batch(*map(torch.tensor, padded), pictures, torch.stack(marks))
+    stacked = torch.stack([one for of_one in marks for one in of_one])
+    return Batch(*map(torch.tensor, padded), pictures, stacked, torch.cat(given))
 
 
 class TrainingBatches(IterableDataset):
@@ -167,6 +188,7 @@ class TrainingBatches(IterableDataset):
         seed: Other batches for another one.
         blind: Show grey pictures.
         tower_steps: Batches for the vision tower alone, at the start.
+        marked_steps: Batches after them that hold the patches which show something, alone.
         albums: Draw albums too.
     """
 
@@ -178,15 +200,19 @@ class TrainingBatches(IterableDataset):
         seed: int,
         blind: bool,
         tower_steps: int = 0,
+        marked_steps: int = 0,
         albums: bool = False,
     ) -> None:
         self.spec, self.size, self.first = spec, size, first
-        self.seed, self.blind, self.tower_steps, self.albums = seed, blind, tower_steps, albums
+        self.seed, self.blind, self.albums = seed, blind, albums
+        self.tower_steps, self.marked_steps = tower_steps, marked_steps
 
     def batch(self, index: int) -> Batch:
         random = Random(f"{self.seed}/{index}")
-        examples = self._to_see(random) if index < self.tower_steps else self._to_ask(random, index)
-        return collate(examples, self.spec, self.blind)
+        if index < self.tower_steps:
+            return collate(self._to_see(random), self.spec, self.blind)
+        only_marked = index < self.tower_steps + self.marked_steps
+        return collate(self._to_ask(random, index), self.spec, self.blind, only_marked)
 
     def _to_see(self, random: Random) -> list[Example]:
         """Two in three pictures are crowded ones, the others charts."""

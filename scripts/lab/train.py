@@ -5,7 +5,7 @@
 Writes DIR/state.pt (to go on from), DIR/log.jsonl (loss and held-out accuracy) and, at each
 evaluation, DIR/model (a checkpoint that transformers and vLLM load). With --blind all pictures are
 grey: what that model answers is what guessing from the question is worth. With --albums, one batch
-in six is of long prompts; --start takes the weights of another run's DIR/model.
+in six is of long prompts; --start and --tower-from take weights of another run's DIR/model.
 """
 
 import argparse
@@ -32,11 +32,15 @@ from batches import (
 )
 from examples import LEVELS
 from lab_model import PRESETS, LabModel, make_model, save
+from torch.nn.functional import normalize
 from transformers import LlavaForConditionalGeneration
 
 WARM_UP_STEPS = 200
 SIGHT_WEIGHT = 0.5
 """Of the vision tower's own loss, beside the loss over answers."""
+WORDS_WEIGHT = 0.3
+"""Of patches being like the words for what they show, beside the loss over answers."""
+COSINE_SCALE = 16
 EVALUATED = 48
 """Held-out examples per family and level at an evaluation, with `QUESTIONS` each."""
 EVALUATED_AT_ONCE = 64
@@ -53,14 +57,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tower-steps", type=int, default=0, help="first steps, of the vision tower alone"
     )
+    parser.add_argument(
+        "--marked-steps",
+        type=int,
+        default=0,
+        help="next steps, of the language model alone, on patches that show something",
+    )
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
-    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--rate", type=float, default=5e-4, help="largest learning rate")
+    parser.add_argument("--tower-rate", type=float, default=2.5e-3, help="in the tower's steps")
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blind", action="store_true")
     parser.add_argument("--albums", action="store_true")
     parser.add_argument("--start", type=Path, help="checkpoint to start from")
+    parser.add_argument("--tower-from", type=Path, help="checkpoint to take the vision tower from")
     return parser.parse_args()
 
 
@@ -76,6 +88,9 @@ class Trainer:
         if arguments.start:
             started = LlavaForConditionalGeneration.from_pretrained(arguments.start)
             self.model.load_state_dict(started.state_dict())
+        if arguments.tower_from:
+            started = LlavaForConditionalGeneration.from_pretrained(arguments.tower_from)
+            self.model.model.vision_tower.load_state_dict(started.model.vision_tower.state_dict())
         self.model.to(self.device)
         vocab = self.model.config.text_config.vocab_size
         # Names what each patch shows, so that the tower learns to see before it is asked.
@@ -97,8 +112,8 @@ class Trainer:
         """What must be the same when a run goes on."""
         unimportant = ("out", "workers", "evaluate_every")
         given = {k: v for k, v in vars(self.arguments).items() if k not in unimportant}
-        start = self.arguments.start and str(self.arguments.start)
-        return {**given, "start": start, "spec": dataclasses.asdict(self.spec)}
+        paths = {k: str(v) for k, v in given.items() if isinstance(v, Path)}
+        return {**given, **paths, "spec": dataclasses.asdict(self.spec)}
 
     def _resume(self) -> None:
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
@@ -138,16 +153,31 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def rate(self) -> float:
-        """Warm-up of either stage, and over all a cosine down to a twentieth."""
+        """Warm-up of each stage, and over all a cosine down to a twentieth."""
         share = min(1.0, self.step / self.arguments.steps)
-        stage_start = self.arguments.tower_steps if self._is_whole else 0
+        starts = (0, self._first_asked, self._first_whole)
+        stage_start = max(start for start in starts if start <= self.step)
         warm = min(1.0, (self.step - stage_start + 1) / WARM_UP_STEPS)
-        return self.arguments.rate * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2)
+        largest = self.arguments.rate if self._is_asked else self.arguments.tower_rate
+        return largest * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2)
+
+    @property
+    def _first_asked(self) -> int:
+        return self.arguments.tower_steps
+
+    @property
+    def _first_whole(self) -> int:
+        return self._first_asked + self.arguments.marked_steps
+
+    @property
+    def _is_asked(self) -> bool:
+        """Whether the language model trains by now."""
+        return self.step >= self._first_asked
 
     @property
     def _is_whole(self) -> bool:
         """Whether the whole model trains by now."""
-        return self.step >= self.arguments.tower_steps
+        return self.step >= self._first_whole
 
     def _on_device(self, batch: Batch) -> Batch:
         return Batch(*(x.to(self.device) for x in batch))
@@ -180,14 +210,25 @@ class Trainer:
         shown = torch.zeros_like(words).scatter_(1, batch.marks.flatten(1), 1)
         return of_patches + torch.nn.functional.binary_cross_entropy_with_logits(words, shown)
 
-    def _logits(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _projected(self, features: torch.Tensor) -> torch.Tensor:
+        """Patches as the language model sees them, [num_images, tokens_per_image, hidden_size]."""
+        with self._autocast():
+            return self.model.model.multi_modal_projector(features[:, 1:])
+
+    def _words_loss(self, batch: Batch, projected: torch.Tensor) -> torch.Tensor:
+        """Of what patches show being near, by angle, to the embeddings of its words."""
+        embeddings = self.model.model.get_input_embeddings().weight
+        cosines = normalize(projected.float(), dim=-1) @ normalize(embeddings, dim=-1).T
+        likely = (COSINE_SCALE * cosines).log_softmax(-1).gather(-1, batch.marks)
+        is_shown = batch.marks != self.model.config.text_config.pad_token_id
+        return -(likely * is_shown).sum() / is_shown.sum()
+
+    def _logits(self, batch: Batch, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the answers' tokens alone: logits [num_answer_tokens, vocab] and labels."""
         model = self.model.model
         with self._autocast():
             embeddings = model.get_input_embeddings()(batch.input_ids)
-            pictures = (
-                model.multi_modal_projector(features[:, 1:]).flatten(0, 1).to(embeddings.dtype)
-            )
+            pictures = projected[batch.is_given].to(embeddings.dtype)
             is_picture = batch.input_ids == self.model.config.image_token_id
             embeddings = embeddings.masked_scatter(is_picture[..., None], pictures)
             output = model.language_model(
@@ -204,13 +245,19 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate()
         batch = self._on_device(batch)
-        features = self._features(batch)
         # Grey pictures show nothing that could be named.
-        weight = 0.0 if self.arguments.blind else SIGHT_WEIGHT
-        loss = weight * self._sight_loss(batch, features)
-        if self._is_whole:
-            logits, labels = self._logits(batch, features)
+        sight, words = (0.0, 0.0) if self.arguments.blind else (SIGHT_WEIGHT, WORDS_WEIGHT)
+        trains_tower = self._is_whole or not self._is_asked
+        with torch.set_grad_enabled(trains_tower):
+            features = self._features(batch)
+        loss = torch.zeros((), device=self.device)
+        if trains_tower:
+            loss = loss + sight * self._sight_loss(batch, features)
+        if self._is_asked:
+            projected = self._projected(features)
+            logits, labels = self._logits(batch, projected)
             loss = loss + torch.nn.functional.cross_entropy(logits, labels)
+            loss = loss + words * self._words_loss(batch, projected)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 1.0)
@@ -236,7 +283,7 @@ class Trainer:
                     ]
                     batch = collate(drawn, self.spec, self.arguments.blind)
                     batch = self._on_device(batch)
-                    logits, labels = self._logits(batch, self._features(batch))
+                    logits, labels = self._logits(batch, self._projected(self._features(batch)))
                     is_right = (logits.argmax(-1) == labels).tolist()
                     lengths = [
                         num_answer_tokens(question.answer)
@@ -278,6 +325,7 @@ class Trainer:
             arguments.seed,
             arguments.blind,
             arguments.tower_steps,
+            arguments.marked_steps,
             arguments.albums,
         )
         self.model.train()
@@ -293,7 +341,7 @@ class Trainer:
                 self.log(loss=round(sum(losses) / len(losses), 4), rate=self.rate())
                 losses.clear()
             if self.step % arguments.evaluate_every == 0 or is_over:
-                accuracy = self.accuracy() if self._is_whole else {}
+                accuracy = self.accuracy() if self._is_asked else {}
                 self.log(accuracy=accuracy, seen=self.seen())
                 self.store()
                 started = time.monotonic()

@@ -132,6 +132,21 @@ def test_the_tower_first_sees_pictures_without_questions() -> None:
     assert (batches.batch(2).labels != IGNORED).any()
 
 
+def test_patches_that_show_nothing_can_be_left_out() -> None:
+    one = tasks.example("objects", "easy", "train", 0, SPEC.side, QUESTIONS)
+    whole, marked = (collate([one], SPEC, only_marked=only) for only in (False, True))
+    image = make_tokenizer().convert_tokens_to_ids("<image>")
+    is_shown = (whole.marks != make_tokenizer().pad_token_id).any(-1)
+    assert torch.equal(marked.is_given, is_shown)
+    assert whole.is_given.all()
+    (places,) = (whole.input_ids[0] == image).nonzero(as_tuple=True)
+    left_out = places[~is_shown[0]]
+    assert 0 < len(left_out) < len(places)
+    stays = torch.ones_like(whole.input_ids[0], dtype=torch.bool).index_fill(0, left_out, False)
+    for name in ("input_ids", "position_ids", "parts", "labels"):
+        assert torch.equal(getattr(whole, name)[:, stays], getattr(marked, name)), name
+
+
 def test_albums_come_when_asked_for() -> None:
     for albums in (False, True):
         batches = TrainingBatches(SPEC, 4, 0, 0, blind=False, albums=albums)
@@ -145,7 +160,8 @@ def train(out: Path, steps: int) -> dict:
         "import sys, lab_model, train; "
         f"lab_model.PRESETS['tiny'] = lab_model.{SPEC!r}; "
         f"sys.argv = ['train.py', '--out', {str(out)!r}, '--preset', 'tiny', '--steps', '6', "
-        "'--tower-steps', '2', '--batch', '4', '--evaluate-every', '3', '--workers', '0']; "
+        "'--tower-steps', '1', '--marked-steps', '3', '--batch', '4', "
+        "'--evaluate-every', '3', '--workers', '0']; "
         f"arguments = train.parse_arguments(); arguments.out.mkdir(exist_ok=True); "
         f"trainer = train.Trainer(arguments); trainer.run({steps})"
     )

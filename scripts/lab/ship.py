@@ -1,0 +1,41 @@
+"""Write the checkpoint that comes with the project: bfloat16, and the logs of its training.
+
+    python scripts/lab/ship.py --runs RUN [RUN ...] --out scripts/lab/model
+
+RUNs are folders of `train.py`, in the order in which one started from the other.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from lab_model import save
+from questions import spec_of
+from transformers import LlavaForConditionalGeneration
+
+LARGEST_FILE = 16 * 2**20
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out, last = arguments.out, arguments.runs[-1]
+    model = LlavaForConditionalGeneration.from_pretrained(last / "model", dtype=torch.bfloat16)
+    save(model, spec_of(model), out)
+    for place, run in enumerate(arguments.runs):
+        (out / f"training-{place}.jsonl").write_text((run / "log.jsonl").read_text())
+    for file in out.iterdir():
+        if file.stat().st_size > LARGEST_FILE:
+            raise SystemExit(f"{file} has {file.stat().st_size} bytes, more than {LARGEST_FILE}")
+
+
+if __name__ == "__main__":
+    main()
