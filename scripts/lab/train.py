@@ -267,7 +267,10 @@ class Trainer:
 
     @torch.inference_mode()
     def accuracy(self) -> dict[str, float]:
-        """Share of held-out questions whose answer's tokens are all the likeliest ones."""
+        """Share of held-out questions whose answer's tokens are all the likeliest ones.
+
+        Asked about the patches that training shows by now.
+        """
         self.model.eval()
         found = {}
         for family in (*tasks.FAMILIES, *(tasks.VARIANTS if self.arguments.albums else ())):
@@ -281,7 +284,9 @@ class Trainer:
                         tasks.example(family, level, "validation", i, side, QUESTIONS)
                         for i in indices
                     ]
-                    batch = collate(drawn, self.spec, self.arguments.blind)
+                    batch = collate(
+                        drawn, self.spec, self.arguments.blind, only_marked=not self._is_whole
+                    )
                     batch = self._on_device(batch)
                     logits, labels = self._logits(batch, self._projected(self._features(batch)))
                     is_right = (logits.argmax(-1) == labels).tolist()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import answers
+import claims
 import pytest
 import report
 import tasks
@@ -229,7 +231,7 @@ def test_partial_results_are_not_reported_as_whole(tmp_path) -> None:
     ]  # fmt: skip
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    questions = report.read([file])
+    questions = answers.read([file])
     table = report.methods_table(questions, ["full", "zipvl", "none"], num_planned=4)
     full_line, zipvl_line, none_line = table.splitlines()[2:]
     assert full_line.startswith("| full | 50.0 | 75.0 | 20.0 | 75.0 |")
@@ -266,6 +268,55 @@ def test_a_report_of_few_methods_has_the_figures_it_can_have(tmp_path, monkeypat
 
 
 def test_the_interval_is_wilsons() -> None:
-    low, high = report.Share(0.9, 100).interval()
+    low, high = answers.Share(0.9, 100).interval()
     # Wilson's interval for 90 of 100, as in Brown, Cai and DasGupta (2001).
     assert (round(low, 3), round(high, 3)) == (0.826, 0.945)
+
+
+def questions_of(right: dict[str, list[bool]], kept: dict[str, float]) -> list[answers.Question]:
+    """Of all families in turn; a method's answers are right where it says so."""
+    found = []
+    for i in range(len(next(iter(right.values())))):
+        methods = {
+            name: {"answer": "yes" if is_right[i] else "no", "kept": [kept[name]]}
+            for name, is_right in right.items()
+        }
+        family = list(tasks.FAMILIES)[i % len(tasks.FAMILIES)]
+        found.append(answers.Question(family, "easy", "yes", 3, methods))
+    return found
+
+
+def test_differences_are_of_the_same_questions() -> None:
+    right = [i % 10 > 0 for i in range(1200)]
+    wrong = [not value for value in right]
+    kept = {"a": 0.5, "b": 0.5, "c": 0.5}
+    questions = questions_of({"a": right, "b": right, "c": wrong}, kept)
+    assert claims.difference(questions, "a", "b") == (0, 0)
+    value, half = claims.difference(questions, "a", "c")
+    assert value == pytest.approx(0.8)
+    # 1.96 times the standard error of values of +1 (90 %) and -1 (10 %).
+    assert half == pytest.approx(1.96 * (1 - 0.64) ** 0.5 / 1200**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "verdict"), [(0, 0.005, "shown"), (-0.05, 0.01, "refuted"), (0, 0.02, "open")]
+)
+def test_a_claim_is_open_while_its_interval_spans_the_bound(value, half, verdict) -> None:
+    assert claims.Difference(value, half).verdict(-0.01) == verdict
+
+
+def test_claims_are_measured_against_what_they_name() -> None:
+    right = [True] * 1200
+    some = [i % 4 > 0 for i in range(1200)]
+    methods = {"full": right, "zipvl": right, "zipvl-16/16": right, "fastv": some}
+    methods |= {"fixed-0.2": some, "fixed-0.4": some, "fixed-0.6": right, "hired-0.4": right}
+    kept = {"full": 1.0, "zipvl": 0.5, "zipvl-16/16": 0.5, "fastv": 0.53}
+    kept |= {"fixed-0.2": 0.2, "fixed-0.4": 0.4, "fixed-0.6": 0.6, "hired-0.4": 0.4}
+    lines = claims.claims_table(questions_of(methods, kept), list(methods)).splitlines()[2:]
+    verdicts = [line.split(" | ")[-1].removesuffix(" |") for line in lines]
+    # Of full, FastV, HiRED (whose share is smaller), adaptation (none here), the fixed shares
+    # of 0.4 and 0.6 (as good as zipvl), bits.
+    expected = ["shown", "shown", "not comparable", "refuted", "shown", "open", "shown"]
+    assert verdicts == expected
+    assert "fixed-0.4" in lines[4]
+    assert "fixed-0.6" in lines[5]

@@ -1,0 +1,117 @@
+"""What `evaluate.py` wrote, read and summed up."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from questions import normal
+
+FULL, ZIPVL = "full", "zipvl"
+
+
+class Question(NamedTuple):
+    """A question of the test set with all answers to it.
+
+    Attributes:
+        family: One of the tasks'.
+        level: Easy or hard.
+        expected: The answer in its normal form.
+        num_tokens: Of the expected answer.
+        methods: What each method answered, and its figures.
+    """
+
+    family: str
+    level: str
+    expected: str
+    num_tokens: int
+    methods: dict[str, dict[str, Any]]
+
+    def is_right(self, method: str) -> bool:
+        return self.methods[method]["answer"] == self.expected
+
+
+def read(files: Iterable[Path]) -> list[Question]:
+    """All rows, those of one question put together."""
+    found: dict[tuple[str, str, int], Question] = {}
+    for file in files:
+        for row in map(json.loads, file.read_text().splitlines()):
+            key = (row["family"], row["level"], row["index"])
+            for outcome in row["methods"].values():
+                outcome["answer"] = normal(outcome["answer"])
+            expected = normal(row["expected"])
+            rest = Question(row["family"], row["level"], expected, row["expected_tokens"], {})
+            found.setdefault(key, rest).methods.update(row["methods"])
+    return list(found.values())
+
+
+class Share(NamedTuple):
+    """A share of n questions; NaN of none."""
+
+    value: float
+    n: int
+
+    def interval(self) -> tuple[float, float]:
+        """95 %, after Wilson (1927)."""
+        if self.n == 0:
+            return math.nan, math.nan
+        z, p, n = 1.96, self.value, self.n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - half, middle + half
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return ""
+        low, high = self.interval()
+        return f"{100 * self.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def accuracy(questions: Iterable[Question], method: str) -> Share:
+    return _share(q.is_right(method) for q in questions if method in q.methods)
+
+
+def agreement(questions: Iterable[Question], method: str, other: str) -> Share:
+    return _share(
+        q.methods[method]["answer"] == q.methods[other]["answer"]
+        for q in questions
+        if method in q.methods and other in q.methods
+    )
+
+
+def _share(outcomes: Iterable[bool]) -> Share:
+    found = list(outcomes)
+    return Share(sum(found) / len(found) if found else math.nan, len(found))
+
+
+def mean(questions: Iterable[Question], method: str, figure: str) -> float:
+    values = [
+        float(np.mean(q.methods[method][figure]))
+        for q in questions
+        if figure in q.methods.get(method, {})
+    ]
+    return float(np.mean(values)) if values else math.nan
+
+
+def by_family(questions: list[Question]) -> dict[str, list[Question]]:
+    groups = defaultdict(list)
+    for question in questions:
+        groups[question.family].append(question)
+    return dict(groups)
+
+
+def percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def lists_of(questions: list[Question]) -> list[Question]:
+    """Questions whose answer is read from the compressed cache, from its third token on."""
+    return [q for q in questions if q.num_tokens > 2]
