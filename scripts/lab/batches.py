@@ -25,8 +25,8 @@ IGNORED = -100
 """Label of positions without a loss."""
 QUESTIONS = 8
 """Asked at once about an example."""
-SINGLE = ("objects", "relations", "perception", *["charts"] * 2, *["words"] * 3)
-"""Families of one picture, drawn alike; reading takes the most practice."""
+SINGLE = ("words", "perception", *["objects", "charts", "relations"] * 2)
+"""Families of one picture, drawn alike; those with the most kinds of questions twice as often."""
 
 
 class Batch(NamedTuple):
