@@ -246,7 +246,9 @@ class Trainer:
             group["lr"] = self.rate()
         batch = self._on_device(batch)
         # Grey pictures show nothing that could be named.
-        sight, words = (0.0, 0.0) if self.arguments.blind else (SIGHT_WEIGHT, WORDS_WEIGHT)
+        words = 0.0 if self.arguments.blind else WORDS_WEIGHT
+        # Heads that never learned beside the tower would teach it noise.
+        sight = words and (SIGHT_WEIGHT if self.arguments.tower_steps else 0.0)
         trains_tower = self._is_whole or not self._is_asked
         with torch.set_grad_enabled(trains_tower):
             features = self._features(batch)
