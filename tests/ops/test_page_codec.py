@@ -4,17 +4,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import INTERPRETED, kernels, name_of
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import clip, dequantise, pack, quantise, rotate, unpack
-from vllm_zipvl.ops.lazy import numba_module
 from vllm_zipvl.ops.page_codec import read_pages, reference, write_pages
 
-cpu = numba_module("vllm_zipvl.ops.page_codec.cpu")
+own = kernels("page_codec")
+ALL_BITS = (16, 8, 4, 2)
 CODECS = pytest.mark.parametrize(
     ("codec", "bits"),
-    [(cpu, 8), (cpu, 4), (cpu, 2), *((reference, bits) for bits in (16, 8, 4, 2))],
-    ids=lambda x: x.__name__.split(".")[-1] if isinstance(x, ModuleType) else str(x),
+    [
+        *((own, bits) for bits in (ALL_BITS if INTERPRETED else ALL_BITS[1:])),
+        *((reference, bits) for bits in ALL_BITS),
+    ],
+    ids=lambda x: name_of(x) if isinstance(x, ModuleType) else str(x),
 )
 
 
@@ -120,7 +124,7 @@ def test_any_precision_has_a_codec(bits: int) -> None:
     assert torch.equal(heap, expected)
 
 
-@pytest.mark.parametrize("codec", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("codec", [own, reference], ids=name_of)
 def test_a_vector_with_infinity_has_no_range_at_two_bits(codec: ModuleType) -> None:
     geometry, kv = make_geometry(torch.float32), torch.randn(9, 3, 128)
     kv[4, 1, 50] = torch.inf

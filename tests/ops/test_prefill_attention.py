@@ -3,10 +3,15 @@ from types import ModuleType
 import pytest
 import torch
 import vllm._custom_ops  # noqa: F401  (loads the CPU kernel)
+from kernels import INTERPRETED, name_of, numba_only
 
+from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import cpu, prefill_attention, reference
 
-SHAPES = [(1, 1), (63, 63), (111, 111), (1000, 1000), (1, 111), (63, 1000), (937, 1000)]
+LONG = 200 if INTERPRETED else 1000
+SHAPES = [(1, 1), (63, 63), (111, 111), (LONG, LONG), (1, 111), (63, LONG), (LONG - 63, LONG)]
+kernel = triton_module("vllm_zipvl.ops.prefill_attention.triton", "cpu") or cpu
+BOTH = pytest.mark.parametrize("implementation", [kernel, reference], ids=name_of)
 
 
 def eager(
@@ -35,7 +40,7 @@ def check(
     assert (out.double() - exact).abs().max() <= 3 * (same - exact).abs().max() + eps
 
 
-@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(28, 4), (8, 8)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -46,7 +51,7 @@ def test_matches_fp64(shape, heads, dtype, implementation) -> None:  # type: ign
     check(implementation, query, key, value)
 
 
-@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 def test_slices_of_a_fused_projection(
@@ -58,7 +63,7 @@ def test_slices_of_a_fused_projection(
     check(implementation, query[-63:], key, value)
 
 
-@pytest.mark.parametrize("implementation", [cpu, reference], ids=["cpu", "reference"])
+@BOTH
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     kv = torch.randn(num_tokens, 2, 64)
@@ -66,6 +71,7 @@ def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     assert out.shape == (0, 4, 64)
 
 
+@numba_only
 def test_what_the_kernel_lacks_uses_the_reference() -> None:
     assert cpu.is_available(torch.empty(1, 4, 64))
     assert not cpu.is_available(torch.empty(1, 4, 48))

@@ -1,4 +1,4 @@
-"""Modules that are imported on first use, because importing numba takes a second."""
+"""Modules of kernels, imported on first use: numba and Triton take their time, or are missing."""
 
 import atexit
 import hashlib
@@ -48,3 +48,16 @@ def numba_module(name: str) -> ModuleType | None:
         return import_module(name)
     finally:
         config.CACHE_DIR = chosen
+
+
+@cache
+def triton_module(name: str, device_type: str) -> ModuleType | None:
+    """A module of Triton kernels; None where they do not run.
+
+    They run on CUDA devices and, with `TRITON_INTERPRET=1` set before Triton is first imported,
+    interpreted on the CPU.
+    """
+    is_interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not (is_interpreted or device_type == "cuda") or find_spec("triton") is None:
+        return None
+    return import_module(name)

@@ -7,7 +7,7 @@ import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.ops.decode_attention import reference
-from vllm_zipvl.ops.lazy import numba_module
+from vllm_zipvl.ops.lazy import numba_module, triton_module
 
 
 class CachedContext(NamedTuple):
@@ -54,8 +54,12 @@ class DecodeRows(NamedTuple):
 
 
 def _implementation(query: torch.Tensor) -> ModuleType:
-    on_cpu = query.device.type == "cpu"
-    return on_cpu and numba_module("vllm_zipvl.ops.decode_attention.cpu") or reference
+    device = query.device.type
+    return (
+        triton_module("vllm_zipvl.ops.decode_attention.triton", device)
+        or (device == "cpu" and numba_module("vllm_zipvl.ops.decode_attention.cpu"))
+        or reference
+    )
 
 
 def decode_attention(

@@ -7,12 +7,24 @@ keys are stored normalised, quantised keys and values rotated and clipped (`core
 unquantised ones as they are.
 """
 
+from types import ModuleType
+
 import torch
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm
-from vllm_zipvl.ops.lazy import numba_module
+from vllm_zipvl.ops.lazy import numba_module, triton_module
 from vllm_zipvl.ops.page_codec import reference
+
+
+def _implementation(kv: torch.Tensor, bits: int) -> ModuleType:
+    device = kv.device.type
+    in_numba = device == "cpu" and bits != UNQUANTISED
+    return (
+        triton_module("vllm_zipvl.ops.page_codec.triton", device)
+        or (in_numba and numba_module("vllm_zipvl.ops.page_codec.cpu"))
+        or reference
+    )
 
 
 def write_pages(
@@ -35,8 +47,7 @@ def write_pages(
         geometry: Page shapes.
         norm: What quantised keys are normalised by, if at all.
     """
-    numba_codec = numba_module("vllm_zipvl.ops.page_codec.cpu") if kv.device.type == "cpu" else None
-    codec = numba_codec if numba_codec and bits != UNQUANTISED else reference
+    codec = _implementation(kv, bits)
     codec.write_pages(kv, heap, page_ids, first_slot, bits, geometry, norm)
 
 

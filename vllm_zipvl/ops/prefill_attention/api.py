@@ -1,8 +1,16 @@
 """Attention of a chunk over its context, dense or gathered."""
 
+from types import ModuleType
+
 import torch
 
+from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import cpu, reference
+
+
+def _implementation(query: torch.Tensor) -> ModuleType:
+    in_triton = triton_module("vllm_zipvl.ops.prefill_attention.triton", query.device.type)
+    return in_triton or (cpu if cpu.is_available(query) else reference)
 
 
 def prefill_attention(
@@ -31,5 +39,4 @@ def prefill_attention(
         raise ValueError(
             f"num_heads {query.shape[1]} must be a multiple of num_kv_heads {key.shape[1]}"
         )
-    implementation = cpu if cpu.is_available(query) else reference
-    return implementation.prefill_attention(query, key, value, scale)
+    return _implementation(query).prefill_attention(query, key, value, scale)

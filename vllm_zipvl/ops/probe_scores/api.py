@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.probe_scores import reference
 
 
@@ -39,4 +40,6 @@ def probe_scores(
         raise ValueError(
             f"num_heads {queries.shape[1]} must be a multiple of num_kv_heads {keys.shape[1]}"
         )
-    return ProbeMass(*reference.probe_scores(queries, positions, num_random, keys, scale))
+    in_triton = triton_module("vllm_zipvl.ops.probe_scores.triton", keys.device.type)
+    implementation = in_triton or reference
+    return ProbeMass(*implementation.probe_scores(queries, positions, num_random, keys, scale))

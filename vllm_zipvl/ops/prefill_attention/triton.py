@@ -1,0 +1,108 @@
+"""Causal flash attention in Triton (arXiv 2307.08691), queries the last tokens of the keys."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded
+
+TILE_QUERIES = 64
+TILE_TOKENS = 64
+
+
+@triton.jit
+def _load_heads(
+    x, tokens, end, head, token_stride, head_stride, head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+):  # fmt: skip
+    """[tokens, channels_padded] of one head, zeros from token `end` on."""
+    channels = tl.arange(0, channels_padded)
+    start = tokens.to(tl.int64) * token_stride + head * head_stride
+    mask = (tokens < end)[:, None] & (channels < head_size)[None, :]
+    return tl.load(x + start[:, None] + channels[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _attend(
+    query,
+    key,
+    value,
+    out,
+    scale,
+    num_queries,
+    num_tokens,
+    query_stride,
+    query_head_stride,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    group: tl.constexpr,
+    head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+    tile_queries: tl.constexpr,
+    tile_tokens: tl.constexpr,
+):
+    """One program per tile of queries, the last first as they see most, and query head."""
+    tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    queries = tile * tile_queries + tl.arange(0, tile_queries)
+    q = _load_heads(
+        query, queries, num_queries, head, query_stride, query_head_stride, head_size,
+        channels_padded,
+    )  # fmt: skip
+    last = num_tokens - num_queries + queries
+    top = tl.full([tile_queries], float("-inf"), tl.float32)
+    total = tl.zeros([tile_queries], tl.float32)
+    sums = tl.zeros([tile_queries, channels_padded], tl.float32)
+    end = tl.minimum(num_tokens, num_tokens - num_queries + (tile + 1) * tile_queries)
+    for start in range(0, end, tile_tokens):
+        tokens = start + tl.arange(0, tile_tokens)
+        k = _load_heads(
+            key, tokens, end, head // group, key_stride, key_head_stride, head_size,
+            channels_padded,
+        )  # fmt: skip
+        scores = dot(q, tl.trans(k)) * scale
+        is_seen = (tokens[None, :] <= last[:, None]) & (tokens < end)[None, :]
+        top, past, weights = rescale(top, tl.where(is_seen, scores, float("-inf")))
+        v = _load_heads(
+            value, tokens, end, head // group, value_stride, value_head_stride, head_size,
+            channels_padded,
+        )  # fmt: skip
+        total = total * past + tl.sum(weights, axis=1)
+        sums = sums * past[:, None] + dot(rounded(weights, v.dtype), v)
+    channels = tl.arange(0, channels_padded)
+    place = (queries.to(tl.int64) * tl.num_programs(1) + head) * head_size
+    tl.store(
+        out + place[:, None] + channels[None, :],
+        rounded(sums / total[:, None], out.dtype.element_ty),
+        mask=(queries < num_queries)[:, None] & (channels < head_size)[None, :],
+    )
+
+
+def prefill_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """See `api.prefill_attention`."""
+    num_queries, num_heads, head_size = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if num_queries == 0:
+        return out
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    _attend[(triton.cdiv(num_queries, TILE_QUERIES), num_heads)](
+        query,
+        key,
+        value,
+        out,
+        scale,
+        num_queries,
+        key.shape[0],
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        group=num_heads // key.shape[1],
+        head_size=head_size,
+        channels_padded=padded(head_size),
+        tile_queries=TILE_QUERIES,
+        tile_tokens=TILE_TOKENS,
+    )
+    return out

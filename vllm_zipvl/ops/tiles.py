@@ -1,0 +1,45 @@
+"""What the Triton kernels share: products and running maxima of tiles."""
+
+import triton
+import triton.language as tl
+
+MIN_DOT = 16
+"""Smallest side of a tile that `tl.dot` takes."""
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def padded(size: int) -> int:
+    """A tile's side that holds `size` elements and that `tl.dot` takes."""
+    return max(MIN_DOT, triton.next_power_of_2(size))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Float32 `x` as the nearest of `dtype`, ties to even; the interpreter cuts bfloat16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b):
+    """Exact products, float32 sums; the interpreter would multiply the bits of bfloat16."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def rescale(top, scores):
+    """One step of the online softmax over rows of `scores` (arXiv 1805.02867).
+
+    Returns the running maximum `top` with the new scores in it, what sums under the earlier one
+    are worth now, and the new scores' weights.
+    """
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen nothing yet has no maximum.
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    return new_top, tl.exp(top - finite), tl.exp(scores - finite[:, None])
