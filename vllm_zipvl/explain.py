@@ -157,28 +157,51 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _check_out(out: Path) -> None:
+    """Before the model takes its time.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: Nothing can be written there.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("matplotlib is missing: pip install vllm-zipvl[explain]") from error
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder; make it or choose another --out")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if out.suffix.removeprefix(".") not in known:
+        raise ValueError(f"{out} must end in one of {', '.join(known)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line; errors are one line each."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     given = _parse_arguments(arguments)
     settings = {field.name for field in fields(ZipVLConfig)} & set(vars(given))
     try:
         config = ZipVLConfig(min_tokens=1, **{name: getattr(given, name) for name in settings})
-        if not given.out.parent.is_dir():
-            raise ValueError(f"{given.out.parent} is no folder; make it or choose another --out")
+        _check_out(given.out)
         image = Image.open(given.image).convert("RGB")
         model_config = AutoConfig.from_pretrained(given.model)
-        if not hasattr(model_config, "vision_config"):
+        vision = getattr(model_config, "vision_config", None)
+        if vision is None:
             raise ValueError(
                 f"{given.model} has no vision tower ({model_config.model_type}); "
                 "choose a LLaVA-family checkpoint"
             )
+        if not (hasattr(vision, "image_size") and hasattr(vision, "patch_size")):
+            raise ValueError(
+                f"{given.model} takes pictures of any size ({model_config.model_type}), whose "
+                "patches cannot be shown; choose a LLaVA-family checkpoint"
+            )
         processor = AutoProcessor.from_pretrained(given.model)
         model = AutoModelForImageTextToText.from_pretrained(given.model, attn_implementation=NAME)
         found = explain(model, processor, image, given.question, config, given.max_tokens)
-    except (ValueError, OSError, UnidentifiedImageError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"explain: {str(error).splitlines()[0]}")
     draw(found, given.question, given.out)
     mean = sum(found.shares) / len(found.shares)

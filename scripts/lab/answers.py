@@ -19,6 +19,8 @@ class Question(NamedTuple):
     Attributes:
         family: One of the tasks'.
         level: Easy or hard.
+        index: Which of that family and level.
+        text: What was asked.
         expected: The answer in its normal form.
         num_tokens: Of the expected answer.
         methods: What each method answered, and its figures.
@@ -26,6 +28,8 @@ class Question(NamedTuple):
 
     family: str
     level: str
+    index: int
+    text: str
     expected: str
     num_tokens: int
     methods: dict[str, dict[str, Any]]
@@ -35,16 +39,26 @@ class Question(NamedTuple):
 
 
 def read(files: Iterable[Path]) -> list[Question]:
-    """All rows, those of one question put together."""
+    """All rows, those of one question put together.
+
+    Raises:
+        SystemExit: They are of several models, or of several versions of the tasks.
+    """
     found: dict[tuple[str, str, int], Question] = {}
+    models = set()
     for file in files:
         for row in map(json.loads, file.read_text().splitlines()):
             key = (row["family"], row["level"], row["index"])
             for outcome in row["methods"].values():
                 outcome["answer"] = normal(outcome["answer"])
-            expected = normal(row["expected"])
-            rest = Question(row["family"], row["level"], expected, row["expected_tokens"], {})
-            found.setdefault(key, rest).methods.update(row["methods"])
+            asked = (row["question"], normal(row["expected"]), row["expected_tokens"])
+            question = found.setdefault(key, Question(*key, *asked, {}))
+            if (question.text, question.expected, question.num_tokens) != asked:
+                raise SystemExit(f"{file}: other rows ask {question.text!r} as {key}, not {asked}")
+            question.methods.update(row["methods"])
+            models.add(row["model"])
+    if len(models) > 1:
+        raise SystemExit(f"the rows are of {len(models)} models; give those of one")
     return list(found.values())
 
 

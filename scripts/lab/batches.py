@@ -8,6 +8,7 @@ from typing import NamedTuple
 import family_album
 import family_charts
 import family_frames
+import lessons
 import numpy as np
 import primer
 import tasks
@@ -16,6 +17,7 @@ from drawing import Mark
 from examples import LEVELS, Example
 from lab_model import LabModel, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 KINDS = ("shape", "colour", "value", "character", "first", "second", "third")
@@ -60,7 +62,7 @@ class Batch(NamedTuple):
 
 
 @cache
-def tokenizer_of_tasks():
+def tokenizer_of_tasks() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
@@ -168,8 +170,8 @@ def collate(
     ]
     length = max(len(row.input_ids) for row in rows)
     padded = [
-        [values + pad * (length - len(values)) for values in field]
-        for field, pad in zip(zip(*rows, strict=True), _PADDING, strict=True)
+        [values + padding * (length - len(values)) for values in field]
+        for field, padding in zip(zip(*rows, strict=True), _PADDING, strict=True)
     ]
     pictures = torch.cat([pixels(example) for example in examples])
     if blind:
@@ -188,7 +190,8 @@ class TrainingBatches(IterableDataset):
         seed: Other batches for another one.
         blind: Show grey pictures.
         tower_steps: Batches for the vision tower alone, at the start.
-        marked_steps: Batches after them that hold the patches which show something, alone.
+        marked_steps: Batches after them, of lessons, that hold the patches which show something
+            alone.
         albums: Draw albums too.
     """
 
@@ -211,8 +214,15 @@ class TrainingBatches(IterableDataset):
         random = Random(f"{self.seed}/{index}")
         if index < self.tower_steps:
             return collate(self._to_see(random), self.spec, self.blind)
-        only_marked = index < self.tower_steps + self.marked_steps
-        return collate(self._to_ask(random, index), self.spec, self.blind, only_marked)
+        if index >= self.tower_steps + self.marked_steps:
+            return collate(self._to_ask(random, index), self.spec, self.blind)
+        taught = index - self.tower_steps
+        lesson = lessons.lesson_at(taught)
+        if lesson:
+            examples = self._to_teach(random, lesson)
+        else:
+            examples = self._to_ask(random, taught // lessons.REPEAT_EVERY)
+        return collate(examples, self.spec, self.blind, only_marked=True)
 
     def _to_see(self, random: Random) -> list[Example]:
         """Two in three pictures are crowded ones, the others charts."""
@@ -224,13 +234,16 @@ class TrainingBatches(IterableDataset):
         ]
         return [Example(case.images, case.marks, []) for case in cases]
 
-    def _to_ask(self, random: Random, index: int) -> list[Example]:
+    def _to_teach(self, random: Random, lesson: lessons.Lesson) -> list[Example]:
+        size = max(1, self.size // tasks.num_pictures(lesson.family))
+        return [lessons.draw(lesson, random, self.spec.side, QUESTIONS) for _ in range(size)]
+
+    def _to_ask(self, random: Random, turn: int) -> list[Example]:
         """One in six batches shows several pictures a question, one in six may show albums."""
-        turn = index % len(tasks.FAMILIES)
         families = SINGLE
-        if turn == 0:
+        if turn % 6 == 0:
             families = (family_frames.NAME,)
-        elif turn == 1 and self.albums:
+        elif turn % 6 == 1 and self.albums:
             families = (family_album.NAME,)
         size = max(1, self.size // tasks.num_pictures(families[0]))
         return [

@@ -17,8 +17,8 @@ class Asked(NamedTuple):
     Attributes:
         embeddings: Of pictures and words, [num_tokens, hidden_size].
         is_image: Bool [num_tokens].
-        image_scores: What the class token attends to in the vision tower's last layer, mean
-            over heads, [num_images, tokens_per_image].
+        image_scores: What the class token attends to in the layer of the vision tower whose
+            features the language model sees, mean over heads, [num_images, tokens_per_image].
         other_words: Of another question about the same pictures, [num_words, hidden_size].
     """
 
@@ -43,9 +43,10 @@ class Outcome(NamedTuple):
     Attributes:
         answer: Token ids, without the end.
         kept: Per layer, the share of the prompt's tokens that attend and are attended to; where
-            pairs are left out, the share of tokens that would have as many.
-        flops: Share of the prefill's attention products; what choosing costs is not in it. NaN
-            where the method's prefill is not that of one whole prompt.
+            pairs are left out, the share of tokens that would have as many. NaN where the prefill
+            is not that of one whole prompt.
+        flops: Share of the prefill's attention products; what choosing costs is not in it. NaN as
+            `kept`.
         kv_bytes: Share of the bytes that the cache holds after the prompt was compressed.
     """
 

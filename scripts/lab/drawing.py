@@ -20,7 +20,10 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 GRID = 4
-"""Cells a side: objects lie in different cells, so they never overlap."""
+"""Cells a side: objects lie in different cells."""
+JITTER = 0.1
+"""Of an object off its cell's middle, as a share of the cell; so centres of neighbours are at least
+0.2 of the side apart, twice the largest radius."""
 
 
 class Mark(NamedTuple):
@@ -83,8 +86,8 @@ def cells(random: Random, num: int) -> list[tuple[float, float]]:
     chosen = random.sample(range(GRID * GRID), num)
     return [
         (
-            (cell % GRID + 0.5 + random.uniform(-0.15, 0.15)) / GRID,
-            (cell // GRID + 0.5 + random.uniform(-0.15, 0.15)) / GRID,
+            (cell % GRID + 0.5 + random.uniform(-JITTER, JITTER)) / GRID,
+            (cell // GRID + 0.5 + random.uniform(-JITTER, JITTER)) / GRID,
         )
         for cell in chosen
     ]
@@ -131,10 +134,18 @@ def _font(pixels: float) -> ImageFont.FreeTypeFont:
 
 
 def write(image: Image.Image, x: float, y: float, text: str, height: float, colour: str) -> Mark:
-    """Write text centred at shares (x, y) of the side, `height` as a share of it."""
+    """Write text centred at shares (x, y) of the side, `height` as a share of it.
+
+    Text that would leave the picture is moved inside.
+    """
     side = image.width
     font = _font(height * side)
     pen, place = ImageDraw.Draw(image), (x * side, y * side)
+    left, top, right, bottom = pen.textbbox(place, text, font=font, anchor="mm")
+    place = (
+        place[0] - min(0, left) - max(0, right - side),
+        place[1] - min(0, top) - max(0, bottom - side),
+    )
     pen.text(place, text, fill=COLOURS[colour], font=font, anchor="mm", stroke_width=side / 336)
     left, top, right, bottom = (x / side for x in pen.textbbox(place, text, font=font, anchor="mm"))
     edges = tuple(left + font.getlength(text[: i + 1]) / side for i in range(len(text)))

@@ -13,16 +13,24 @@ import json
 import multiprocessing
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import tasks
 import torch
 import transformers
 from decoder import Decoder
 from examples import Example
-from method_zipvl import LAB_SETTINGS
+from method_zipvl import ZipVL
 from methods import METHODS
-from questions import Key, draw, load_model, see, spec_of, test_set
+from questions import (
+    Key,
+    add_arguments,
+    draw,
+    load_model,
+    questions_digest,
+    see,
+    spec_of,
+    test_set,
+)
 from tqdm import tqdm
 
 
@@ -33,11 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument(
-        "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
-    )
-    parser.add_argument("--questions", type=int, default=500, help="per family and level")
-    parser.add_argument("--suffix", default="", help="follows every question")
+    add_arguments(parser)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     return parser.parse_args()
 
@@ -67,22 +71,41 @@ def answered(out: Path, digests: dict[str, str]) -> set[tuple[Key, str]]:
     return found
 
 
-def digest(folder: Path, *what: object) -> str:
-    """Of a model and of what was done with it."""
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes())
-    # Functions show where they lie in memory.
-    found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(what)).encode())
-    return found.hexdigest()[:12]
+class Run(NamedTuple):
+    """What is the same for all rows of a file.
+
+    Attributes:
+        model: Digest of the checkpoint.
+        digests: Per method, of all that decides its answers.
+        suffix: Follows every question.
+    """
+
+    model: str
+    digests: dict[str, str]
+    suffix: str
+
+    @classmethod
+    def of(cls, folder: Path, suffix: str) -> "Run":
+        found = hashlib.sha256()
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+            found.update(file.read_bytes())
+        questions = questions_digest()
+        digests = {}
+        for name, method in METHODS.items():
+            config = method.config if isinstance(method, ZipVL) else None
+            # Functions show where they lie in memory.
+            what = re.sub(r" at 0x[0-9a-f]+", "", repr((method, config, suffix, questions)))
+            digests[name] = hashlib.sha256(found.digest() + what.encode()).hexdigest()[:12]
+        return cls(found.hexdigest()[:12], digests, suffix)
 
 
-def method_digests(folder: Path, suffix: str) -> dict[str, str]:
-    return {name: digest(folder, suffix, LAB_SETTINGS, method) for name, method in METHODS.items()}
-
-
-def describe(key: Key, example: Example, processor: Any, num_tokens: int) -> dict[str, Any]:
+def describe(
+    run: Run, key: Key, example: Example, processor: Any, num_tokens: int
+) -> dict[str, Any]:
     """What a row says beside the methods' answers."""
     answer = processor.tokenizer(example.answer, add_special_tokens=False).input_ids
     return {
+        "model": run.model,
         **key._asdict(),
         "question": example.question,
         "tokens": num_tokens,
@@ -94,37 +117,36 @@ def describe(key: Key, example: Example, processor: Any, num_tokens: int) -> dic
 class Worker:
     """One process: a model, and questions one by one."""
 
-    def __init__(self, folder: Path, suffix: str) -> None:
+    def __init__(self, folder: Path, run: Run) -> None:
         torch.set_num_threads(1)
-        self.model, self.suffix = load_model(folder), suffix
+        self.model, self.run = load_model(folder), run
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
-        self.spec, self.decoder = spec_of(self.model), Decoder(self.model)
-        self.digests = method_digests(folder, suffix)
+        self.spec, self.decoder = spec_of(self.model.config), Decoder(self.model)
 
     @torch.inference_mode()
     def row(self, key: Key, methods: list[str]) -> dict[str, Any]:
         example = draw(key, self.spec)
-        asked = see(self.model, self.processor, example, self.suffix)
+        asked = see(self.model, self.processor, example, self.run.suffix)
         found = {}
         for name in methods:
             outcome = METHODS[name](self.decoder, asked)
             found[name] = {
-                "digest": self.digests[name],
+                "digest": self.run.digests[name],
                 "answer": self.processor.tokenizer.decode(outcome.answer),
                 "kept": [round(share, 4) for share in outcome.kept],
                 "flops": round(outcome.flops, 4),
                 "kv_bytes": round(outcome.kv_bytes, 4),
             }
-        row = describe(key, example, self.processor, asked.num_tokens)
+        row = describe(self.run, key, example, self.processor, asked.num_tokens)
         return {**row, "methods": found}
 
 
 _worker: Worker
 
 
-def _start(folder: Path, suffix: str) -> None:
+def _start(folder: Path, run: Run) -> None:
     global _worker
-    _worker = Worker(folder, suffix)
+    _worker = Worker(folder, run)
 
 
 def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
@@ -133,7 +155,8 @@ def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    done = answered(arguments.json, method_digests(arguments.model, arguments.suffix))
+    run = Run.of(arguments.model, arguments.suffix)
+    done = answered(arguments.json, run.digests)
     todo = []
     for key in test_set(arguments.questions, arguments.families):
         methods = [name for name in arguments.methods if (key, name) not in done]
@@ -141,7 +164,7 @@ def main() -> None:
             todo.append((key, methods))
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(arguments.workers, _start, (arguments.model, arguments.suffix)) as pool,
+        context.Pool(arguments.workers, _start, (arguments.model, run)) as pool,
         arguments.json.open("a") as file,
     ):
         for row in tqdm(pool.imap(_run, todo, chunksize=4), total=len(todo), unit="question"):

@@ -10,15 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tasks
 from decoder import MAX_ANSWER
-from evaluate import answered, describe, method_digests
-from lab_model import LabModel
+from evaluate import Run, answered, describe
 from method_zipvl import BLOCK_SIZE, LAB_SETTINGS, ZipVL
 from methods import METHODS
-from questions import draw, prompt, test_set
+from questions import add_arguments, draw, prompt, spec_of, test_set
 from tqdm import tqdm
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 BATCH = 120
 """Questions handed to the engine at once."""
@@ -32,17 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=served, default=["full", "zipvl"])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument(
-        "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
-    )
-    parser.add_argument("--suffix", default="", help="follows every question")
-    parser.add_argument("--questions", type=int, default=500, help="per family and level")
+    add_arguments(parser)
     return parser.parse_args()
-
-
-def spec_of(folder: Path) -> LabModel:
-    vision = json.loads((folder / "config.json").read_text())["vision_config"]
-    return LabModel(side=vision["image_size"], patch_size=vision["patch_size"])
 
 
 def start(folder: Path, name: str) -> Any:
@@ -75,10 +64,10 @@ def main() -> None:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER)
-    spec = spec_of(arguments.model)
+    spec = spec_of(AutoConfig.from_pretrained(arguments.model))
     processor = AutoProcessor.from_pretrained(arguments.model)
-    of_methods = method_digests(arguments.model, arguments.suffix)
-    digests = {f"engine {name}": of_methods[name] for name in arguments.methods}
+    run = Run.of(arguments.model, arguments.suffix)
+    digests = {f"engine {name}": run.digests[name] for name in arguments.methods}
     done = answered(arguments.json, digests)
     for name in arguments.methods:
         label = f"engine {name}"
@@ -104,7 +93,7 @@ def main() -> None:
                 outputs = llm.generate(requests, greedy, use_tqdm=False)
                 for key, example, output in zip(keys, examples, outputs, strict=True):
                     found = {"digest": digests[label], "answer": output.outputs[0].text}
-                    row = describe(key, example, processor, len(output.prompt_token_ids))
+                    row = describe(run, key, example, processor, len(output.prompt_token_ids))
                     file.write(json.dumps({**row, "methods": {label: found}}) + "\n")
                 file.flush()
                 bar.update(len(keys))

@@ -37,7 +37,7 @@ def draw(random: Random, level: str, side: int) -> Case:
         shown = [thing.mark for thing in things]
         if place in written_in:
             text, ((x, y),) = written_in[place], cells(random, 1)
-            shown.append(write(image, min(max(x, 0.17), 0.83), y, text, HEIGHT, texts[text]))
+            shown.append(write(image, x, y, text, HEIGHT, texts[text]))
         images.append(image)
         marks.append(shown)
     pairs = [pair for group in pairs_of.values() for pair in group]

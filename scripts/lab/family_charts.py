@@ -89,7 +89,8 @@ def _pie(random: Random, side: int, num: int) -> Case:
         pen.pieslice(box, angle, angle + turn, fill=COLOURS[colour], outline=(30, 30, 30))
         middle = math.radians(angle + turn / 2)
         x, y = 0.5 + 0.22 * math.cos(middle), 0.5 + 0.22 * math.sin(middle)
-        marks.append(Mark((x - 0.05, y - 0.05, x + 0.05, y + 0.05), colour=colour))
+        half = min(0.05, 0.22 * math.sin(math.radians(min(turn, 180) / 2)))
+        marks.append(Mark((x - half, y - half, x + half, y + half), colour=colour))
         angle += turn
     parts = dict(zip(colours, weights, strict=True))
 

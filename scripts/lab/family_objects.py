@@ -7,6 +7,8 @@ from drawing import COLOURS, SHAPES, Thing, cells, scene
 from examples import EASY, Case, Question
 
 NAME = "objects"
+GAP = 0.06
+"""Between objects in a clear order, as a share of the side."""
 
 
 def things_of(random: Random, pairs: list[tuple[str, str]]) -> list[Thing]:
@@ -43,7 +45,7 @@ def draw(random: Random, level: str, side: int) -> Case:
         kind = random.choice(("colour", "shape", "count", "list"))
         if kind == "list":
             asked = random.choice(shapes)
-            ordered = in_order([thing for thing in things if thing.shape == asked], "x", 0.06)
+            ordered = in_order([thing for thing in things if thing.shape == asked], "x", GAP)
             if not ordered:
                 return None
             answer = " ".join(thing.colour for thing in ordered)

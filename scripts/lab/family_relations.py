@@ -5,7 +5,7 @@ from random import Random
 
 from drawing import COLOURS, SHAPES, Thing, scene
 from examples import EASY, Case, Question
-from family_objects import in_order, things_of
+from family_objects import GAP, in_order, things_of
 
 NAME = "relations"
 SIDES = ("left of", "right of", "above", "below")
@@ -32,6 +32,13 @@ def _side_of(random: Random, things: list[Thing]) -> Question | None:
     return Question(f"is the {a.shape} {relation} the {b.shape}", answer)
 
 
+def _part_of(random: Random, things: list[Thing]) -> Question | None:
+    a = random.choice(things)
+    # Cells leave the middle free.
+    part = f"{'top' if a.y < 0.5 else 'bottom'} {'left' if a.x < 0.5 else 'right'}"
+    return Question(f"in which part of the picture is the {a.shape}", part)
+
+
 def _only_one_beside(random: Random, things: list[Thing]) -> Question | None:
     b = random.choice(things)
     relation = random.choice(SIDES)
@@ -56,7 +63,7 @@ def _nearest_of(random: Random, things: list[Thing]) -> Question | None:
 
 def _list(random: Random, things: list[Thing]) -> Question | None:
     axis, words = random.choice((("x", "left to right"), ("y", "top to bottom")))
-    ordered = in_order(things, axis, 0.03)
+    ordered = in_order(things, axis, GAP)
     if ordered is None:
         return None
     return Question(f"list the shapes from {words}", " ".join(thing.shape for thing in ordered))
@@ -64,9 +71,9 @@ def _list(random: Random, things: list[Thing]) -> Question | None:
 
 def draw(random: Random, level: str, side: int) -> Case:
     """Easy: three objects and one step; hard: six, and references by neighbourhood."""
-    kinds = (_side_of, _list)
-    if level != EASY:
-        kinds += (_only_one_beside, _nearest_of)
+    kinds = (_side_of, _part_of)
+    # Six objects on four rows and columns have no clear order.
+    kinds += (_list,) if level == EASY else (_only_one_beside, _nearest_of)
     shapes = random.sample(SHAPES, 3 if level == EASY else len(SHAPES))
     things = things_of(random, [(shape, random.choice(list(COLOURS))) for shape in shapes])
 

@@ -58,7 +58,7 @@ def _draw(random: Random, num_texts: int, side: int) -> tuple[Case, bool]:
     texts = writings(random, num_texts)
     marks = [thing.mark for thing in things]
     for (x, y), text, colour in zip(places[num_things:], texts, colours, strict=True):
-        marks.append(write(image, min(max(x, 0.17), 0.83), y, text, HEIGHT, colour))
+        marks.append(write(image, x, y, text, HEIGHT, colour))
 
     def ask(random: Random) -> Question | None:
         kind = random.choice(("read", "read", "colour", "list"))

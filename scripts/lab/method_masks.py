@@ -15,32 +15,37 @@ Pattern = Callable[[torch.Tensor], torch.Tensor]
 """Causal softmax weights [num_heads, n, n] to a bool mask of the pairs that stay."""
 
 
-def _masked_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Full attention for one query, a pattern over the pairs for a prompt; batch 1."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x[0].repeat_interleave(groups, 0) for x in (key, value))
-    scores = query[0] @ key.transpose(1, 2) * scaling
-    n = scores.shape[1]
-    if n > 1:
-        causal = torch.ones(n, n, dtype=torch.bool).tril()
-        scores = scores.masked_fill(~causal, -torch.inf)
-        kept = module.lab_pattern(scores.softmax(-1)) & causal
-        kept |= torch.eye(n, dtype=torch.bool)
-        module.lab_flops = float(kept.sum() / (causal.sum() * kept.shape[0]))
-        scores = scores.masked_fill(~kept, -torch.inf)
-    out = scores.softmax(-1) @ value
-    return out.transpose(0, 1)[None], None
+class _Run:
+    """One prompt under a pattern: transformers calls `attend` in each layer."""
 
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self.flops: list[float] = []
 
-AttentionInterface.register(NAME, _masked_attention)
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Full attention for one query, the pattern over the pairs for a prompt; batch 1."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x[0].repeat_interleave(groups, 0) for x in (key, value))
+        scores = query[0] @ key.transpose(1, 2) * scaling
+        n = scores.shape[1]
+        if n > 1:
+            causal = torch.ones(n, n, dtype=torch.bool).tril()
+            scores = scores.masked_fill(~causal, -torch.inf)
+            kept = self.pattern(scores.softmax(-1)) & causal
+            self.flops.append(float(kept.sum() / (causal.sum() * kept.shape[0])))
+            scores = scores.masked_fill(~kept, -torch.inf)
+        # A query without any pair gives zeros.
+        out = scores.softmax(-1).nan_to_num() @ value
+        return out.transpose(0, 1)[None], None
 
 
 @dataclass(frozen=True)
@@ -50,29 +55,26 @@ class MaskedPrefill:
     pattern: Pattern
 
     def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
-        attentions = [layer.self_attn for layer in decoder.language_model.layers]
-        cache = DynamicCache()
-        for attention in attentions:
-            attention.lab_pattern = self.pattern
-        try:
-            with decoder.attending(NAME):
-                hidden = decoder.run(asked.embeddings, torch.arange(asked.num_tokens), cache)
-                answer = decoder.answer(hidden, asked.num_tokens, cache)
-            flops = [attention.lab_flops for attention in attentions]
-        finally:
-            for attention in attentions:
-                del attention.lab_pattern
+        run, cache = _Run(self.pattern), DynamicCache()
+        AttentionInterface.register(NAME, run.attend)
+        with decoder.attending(NAME):
+            hidden = decoder.run(asked.embeddings, torch.arange(asked.num_tokens), cache)
+            answer = decoder.answer(hidden, asked.num_tokens, cache)
         # As the share of tokens whose pairs would be as many.
-        shares = [math.sqrt(share) for share in flops]
-        return Outcome(answer, shares, sum(flops) / len(flops), 1.0)
+        shares = [math.sqrt(share) for share in run.flops]
+        return Outcome(answer, shares, sum(run.flops) / len(run.flops), 1.0)
 
 
 @dataclass(frozen=True)
 class QKSparse:
-    """Each head drops keys, and queries, that carry little attention (arXiv 2306.01160).
+    """Each head drops queries and keys (arXiv 2306.01160); dropped queries give zeros.
+
+    That paper drops at random or as the model was trained to. Here a head drops the tokens that
+    carry least attention per query that may see them, as keys and as queries; the last 16 stay,
+    since the answer comes from them.
 
     Attributes:
-        kept: Share of the tokens that each head keeps; the last 16 queries stay.
+        kept: Share of the tokens that each head keeps.
     """
 
     kept: float

@@ -67,7 +67,7 @@ class HiRED:
     kept: float
 
     def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
-        num_kept = math.ceil(self.kept * asked.image_scores.shape[1])
+        num_kept = math.floor(self.kept * asked.image_scores.shape[1])
         masks = [top_mask(scores, num_kept) for scores in asked.image_scores]
         there = ~asked.is_image
         there[asked.is_image] = torch.cat(masks)

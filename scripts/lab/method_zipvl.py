@@ -67,14 +67,17 @@ class ZipVL:
         if not self.config.sparse_prefill:
             attends = [1.0] * len(attends)
         attends[: self.num_dense_layers] = [1.0] * self.num_dense_layers
-        is_whole = self.chunk is None and not self.shares_prefix
-        flops = sum(share**2 for share in attends) / len(attends) if is_whole else math.nan
-        return Outcome(answer, attends, flops, self._kv_bytes(cache, n))
+        if self.chunk is not None or self.shares_prefix:
+            # The last chunk's selection says nothing about what the tokens before it saw.
+            attends = [math.nan] * len(attends)
+        flops = sum(share**2 for share in attends) / len(attends)
+        head_size = decoder.language_model.config.head_dim
+        return Outcome(answer, attends, flops, self._kv_bytes(cache, n, head_size))
 
     def _take_prefix(self, decoder: Decoder, asked: Asked, cache: ZipVLCache) -> int:
         """Fill a cache with the whole blocks that another question computed; their length."""
         num_prefix = asked.num_prefix_tokens
-        num_shared = num_prefix // BLOCK_SIZE * BLOCK_SIZE
+        num_shared = num_prefix // self.block_size * self.block_size
         other = torch.cat([asked.embeddings[:num_prefix], asked.other_words])
         before = ZipVLCache(self.config, self.block_size, self.choose, self.num_dense_layers)
         decoder.run(other, torch.arange(len(other)), before)
@@ -82,11 +85,11 @@ class ZipVL:
             cache.update(layer.keys[:, :, :num_shared], layer.values[:, :, :num_shared], i)
         return num_shared
 
-    def _kv_bytes(self, cache: ZipVLCache, num_tokens: int) -> float:
+    def _kv_bytes(self, cache: ZipVLCache, num_tokens: int, head_size: int) -> float:
         """Parameters of the codes and the dense tail included; pages count by their tokens."""
         config, end = self.config, cache.compressible(num_tokens)
-        # Heads of 64 at 16 bits.
-        geometry = PageGeometry(1, 1, 64, 2, self.block_size, config.high_bits, config.low_bits)
+        bits = (config.high_bits, config.low_bits)
+        geometry = PageGeometry(1, 1, head_size, UNQUANTISED // 8, self.block_size, *bits)
         full = geometry.token_head_bytes(UNQUANTISED)
         high, low = (geometry.token_head_bytes(bits) for bits in geometry.bits)
         masks = cache.prompt_masks()

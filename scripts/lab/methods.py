@@ -28,7 +28,6 @@ METHODS: dict[str, Method] = {
     "kv2": ZipVL({"sparse_prefill": False}, choose=nothing),
     "cache-4/2": ZipVL({"sparse_prefill": False}),
     "cache-16/0": ZipVL({"sparse_prefill": False, "high_bits": 16, "low_bits": 0}),
-    "prefill-only": ZipVL({"compress": False}),
     "fastv": FastV(),
     **{f"fastv-{dropped}": FastV(dropped=dropped) for dropped in (0.25, 0.75)},
     **{f"hired-{kept}": HiRED(kept) for kept in (0.2, 0.4, 0.6)},

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from drawing import COLOURS, GRID, SHAPES, Mark, Thing, draw_thing, texture, write
+from drawing import COLOURS, GRID, JITTER, SHAPES, Mark, Thing, draw_thing, texture, write
 from examples import Case
 from family_words import HEIGHT, writing
 
@@ -12,7 +12,7 @@ def draw(random: Random, side: int) -> Case:
     image = texture(random, side)
     marks: list[Mark] = []
     for row in range(GRID):
-        y = (row + 0.5 + random.uniform(-0.15, 0.15)) / GRID
+        y = (row + 0.5 + random.uniform(-JITTER, JITTER)) / GRID
         left = 0.0
         widths = random.choice(([0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.5] * 2))
         for width in widths:

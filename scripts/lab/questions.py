@@ -1,5 +1,7 @@
 """The test set, and what a model's language part sees of a question."""
 
+import argparse
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +23,15 @@ class Key(NamedTuple):
     index: int
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What decides which questions are asked."""
+    parser.add_argument(
+        "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
+    )
+    parser.add_argument("--questions", type=int, default=500, help="per family and level")
+    parser.add_argument("--suffix", default="", help="follows every question")
+
+
 def test_set(num_per_level: int, families: Iterable[str] = tuple(tasks.FAMILIES)) -> Iterator[Key]:
     """Families and levels take turns, so that a part of it is balanced too."""
     for index in range(num_per_level):
@@ -34,6 +45,14 @@ def draw(key: Key, spec: LabModel) -> Example:
     return tasks.example(key.family, key.level, "test", key.index, spec.side, num_questions=2)
 
 
+def questions_digest() -> str:
+    """Of a few questions of every kind: another one after the tasks have changed."""
+    found = hashlib.sha256()
+    for key in test_set(5, tasks.CHOICES):
+        found.update(repr(tasks.example(*key[:2], "test", key.index, 56, 8).questions).encode())
+    return found.hexdigest()
+
+
 def load_model(folder: Path) -> Any:
     """A LLaVA for evaluation, float32; its vision tower gives attention weights."""
     attention = {"text_config": "sdpa", "vision_config": "eager"}
@@ -43,9 +62,9 @@ def load_model(folder: Path) -> Any:
     return model.eval()
 
 
-def spec_of(model: Any) -> LabModel:
-    """The sizes that decide how pictures are drawn and how many tokens they have."""
-    vision = model.config.vision_config
+def spec_of(config: Any) -> LabModel:
+    """The sizes in a model's config that decide how pictures are drawn."""
+    vision = config.vision_config
     return LabModel(side=vision.image_size, patch_size=vision.patch_size)
 
 
@@ -83,7 +102,7 @@ def see(model: Any, processor: Any, example: Example, suffix: str = "") -> Asked
     is_image = ids == model.config.image_token_id
     embeddings = embed(ids).clone()
     embeddings[is_image] = model.model.multi_modal_projector(features).flatten(0, 1)
-    scores = seen.attentions[-1][:, :, 0, 1:].mean(1)
+    scores = seen.attentions[model.config.vision_feature_layer][:, :, 0, 1:].mean(1)
     other = processor(images=example.images, text=texts[-1], return_tensors="pt").input_ids[0]
     last_image = int((other == model.config.image_token_id).nonzero().max())
     return Asked(embeddings, is_image, scores, embed(other[last_image + 1 :]))

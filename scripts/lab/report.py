@@ -175,7 +175,11 @@ def main() -> None:
     arguments = parse_arguments()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    questions = [q for q in read(arguments.json) if q.family in arguments.families]
+    questions = [
+        q
+        for q in read(arguments.json)
+        if q.family in arguments.families and q.index < arguments.questions
+    ]
     methods = list(dict.fromkeys(name for q in questions for name in q.methods))
     num_planned = 2 * len(arguments.families) * arguments.questions
     parts = [

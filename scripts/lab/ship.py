@@ -6,6 +6,7 @@ RUNs are folders of `train.py`, in the order in which one started from the other
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,13 +29,19 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     out, last = arguments.out, arguments.runs[-1]
+    unfinished = out.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     model = LlavaForConditionalGeneration.from_pretrained(last / "model", dtype=torch.bfloat16)
-    save(model, spec_of(model), out)
+    save(model, spec_of(model.config), unfinished)
     for place, run in enumerate(arguments.runs):
-        (out / f"training-{place}.jsonl").write_text((run / "log.jsonl").read_text())
-    for file in out.iterdir():
+        (unfinished / f"training-{place}.jsonl").write_text((run / "log.jsonl").read_text())
+    if (card := out / "README.md").exists():
+        shutil.copy(card, unfinished)
+    for file in unfinished.iterdir():
         if file.stat().st_size > LARGEST_FILE:
             raise SystemExit(f"{file} has {file.stat().st_size} bytes, more than {LARGEST_FILE}")
+    shutil.rmtree(out, ignore_errors=True)
+    unfinished.rename(out)
 
 
 if __name__ == "__main__":

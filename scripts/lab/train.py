@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "--marked-steps",
         type=int,
         default=0,
-        help="next steps, of the language model alone, on patches that show something",
+        help="next steps, lessons of the language model alone on patches that show something",
     )
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--rate", type=float, default=5e-4, help="largest learning rate")
@@ -73,7 +73,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--albums", action="store_true")
     parser.add_argument("--start", type=Path, help="checkpoint to start from")
     parser.add_argument("--tower-from", type=Path, help="checkpoint to take the vision tower from")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.blind and arguments.marked_steps:
+        # Which patches show something would tell what there is.
+        parser.error("--blind shows grey pictures whole: leave --marked-steps out")
+    return arguments
 
 
 class Trainer:
@@ -118,10 +122,11 @@ class Trainer:
     def _resume(self) -> None:
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
         for name, value in self._recipe().items():
-            if state["recipe"][name] != value:
+            stored = state["recipe"].get(name)
+            if stored != value:
                 raise SystemExit(
-                    f"{self.state_file} is of a run with {name} {state['recipe'][name]}, "
-                    f"not {value}; choose another --out"
+                    f"{self.state_file} is of a run with {name} {stored}, not {value}; "
+                    "choose another --out"
                 )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
@@ -178,6 +183,11 @@ class Trainer:
     def _is_whole(self) -> bool:
         """Whether the whole model trains by now."""
         return self.step >= self._first_whole
+
+    @property
+    def _teaches_sight(self) -> bool:
+        """Whether the heads learn; those that never did beside the tower would teach it noise."""
+        return bool(self.arguments.tower_steps) and not self.arguments.blind
 
     def _on_device(self, batch: Batch) -> Batch:
         return Batch(*(x.to(self.device) for x in batch))
@@ -245,21 +255,19 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate()
         batch = self._on_device(batch)
-        # Grey pictures show nothing that could be named.
-        words = 0.0 if self.arguments.blind else WORDS_WEIGHT
-        # Heads that never learned beside the tower would teach it noise.
-        sight = words and (SIGHT_WEIGHT if self.arguments.tower_steps else 0.0)
         trains_tower = self._is_whole or not self._is_asked
         with torch.set_grad_enabled(trains_tower):
             features = self._features(batch)
         loss = torch.zeros((), device=self.device)
-        if trains_tower:
-            loss = loss + sight * self._sight_loss(batch, features)
+        if trains_tower and self._teaches_sight:
+            loss = loss + SIGHT_WEIGHT * self._sight_loss(batch, features)
         if self._is_asked:
             projected = self._projected(features)
             logits, labels = self._logits(batch, projected)
             loss = loss + torch.nn.functional.cross_entropy(logits, labels)
-            loss = loss + words * self._words_loss(batch, projected)
+            # Grey pictures show nothing that could be named.
+            if not self.arguments.blind:
+                loss = loss + WORDS_WEIGHT * self._words_loss(batch, projected)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 1.0)
@@ -348,8 +356,10 @@ class Trainer:
                 self.log(loss=round(sum(losses) / len(losses), 4), rate=self.rate())
                 losses.clear()
             if self.step % arguments.evaluate_every == 0 or is_over:
-                accuracy = self.accuracy() if self._is_asked else {}
-                self.log(accuracy=accuracy, seen=self.seen())
+                if self._is_asked:
+                    self.log(accuracy=self.accuracy())
+                if self._teaches_sight:
+                    self.log(seen=self.seen())
                 self.store()
                 started = time.monotonic()
 

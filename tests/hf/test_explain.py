@@ -53,6 +53,7 @@ def test_a_figure_of_every_family(checkpoint, family, image, tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("family", "image_name", "more", "message"),
     [
+        ("llava", "picture.png", ("--out", "kept.txt"), "kept.txt must end in one of "),
         ("llama", "picture.png", (), "has no vision tower (llama); choose a LLaVA-family"),
         ("llava", "missing.png", (), "No such file or directory"),
         ("llava", "picture.png", ("--tau", "2"), "zipvl.tau = 2.0 must be a number above 0"),

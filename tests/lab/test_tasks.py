@@ -16,8 +16,8 @@ from examples import LEVELS, Example
 
 SIDE = 84
 ANSWERS = {
-    "yes", "no", *COLOURS, *SHAPES, *family_words.WORDS, *family_charts.LETTERS,
-    *(str(number) for number in range(100)),
+    "yes", "no", "top", "bottom", "left", "right", *COLOURS, *SHAPES, *family_words.WORDS,
+    *family_charts.LETTERS, *(str(number) for number in range(100)),
 }  # fmt: skip
 EVERY = [(family, level) for family in tasks.CHOICES for level in LEVELS]
 

@@ -178,4 +178,5 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> No
         assert torch.equal(cut["model"][name], weight), name
     lines = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "accuracy" in line] == [3, 6]
+    assert [line["step"] for line in lines if "seen" in line] == [3, 6]
     assert (tmp_path / "cut" / "model" / "model.safetensors").exists()
