@@ -1,6 +1,6 @@
 """Examples as the model's inputs, in batches that worker processes draw."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from random import Random
 from typing import NamedTuple
@@ -192,6 +192,8 @@ class TrainingBatches(IterableDataset):
         tower_steps: Batches for the vision tower alone, at the start.
         marked_steps: Batches after them, of lessons, that hold the patches which show something
             alone.
+        lesson_steps: Batches after them, of lessons too, that hold all patches.
+        lesson_families: Whose lessons are given.
         albums: Draw albums too.
     """
 
@@ -204,25 +206,30 @@ class TrainingBatches(IterableDataset):
         blind: bool,
         tower_steps: int = 0,
         marked_steps: int = 0,
+        lesson_steps: int = 0,
+        lesson_families: Collection[str] = tuple(tasks.FAMILIES),
         albums: bool = False,
     ) -> None:
         self.spec, self.size, self.first = spec, size, first
         self.seed, self.blind, self.albums = seed, blind, albums
         self.tower_steps, self.marked_steps = tower_steps, marked_steps
+        self.lesson_steps, self.lesson_families = lesson_steps, lesson_families
 
     def batch(self, index: int) -> Batch:
         random = Random(f"{self.seed}/{index}")
         if index < self.tower_steps:
             return collate(self._to_see(random), self.spec, self.blind)
-        if index >= self.tower_steps + self.marked_steps:
-            return collate(self._to_ask(random, index), self.spec, self.blind)
         taught = index - self.tower_steps
-        lesson = lessons.lesson_at(taught)
+        if taught >= self.marked_steps + self.lesson_steps:
+            return collate(self._to_ask(random, index), self.spec, self.blind)
+        only_marked = taught < self.marked_steps
+        place = taught if only_marked else taught - self.marked_steps
+        lesson = lessons.lesson_at(place, self.lesson_families)
         if lesson:
             examples = self._to_teach(random, lesson)
         else:
-            examples = self._to_ask(random, taught // lessons.REPEAT_EVERY)
-        return collate(examples, self.spec, self.blind, only_marked=True)
+            examples = self._to_ask(random, place // lessons.REPEAT_EVERY)
+        return collate(examples, self.spec, self.blind, only_marked)
 
     def _to_see(self, random: Random) -> list[Example]:
         """Two in three pictures are crowded ones, the others charts."""

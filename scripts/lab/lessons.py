@@ -6,6 +6,7 @@ colour is the circle" went from 0.43 to 0.98 right. What it found serves the kin
 """
 
 import re
+from collections.abc import Collection
 from random import Random
 from typing import NamedTuple
 
@@ -49,9 +50,15 @@ LESSONS = (
 """From finding one thing by what it is to comparing several; then from the first again."""
 
 
-def lesson_at(step: int) -> Lesson | None:
-    """That a step of this stage is about; None for a step about anything."""
-    return None if step % REPEAT_EVERY == 0 else LESSONS[step // STEPS % len(LESSONS)]
+def lesson_at(step: int, families: Collection[str]) -> Lesson | None:
+    """That a step of a stage of lessons is about; None for a step about anything.
+
+    Args:
+        step: From the stage's start.
+        families: Whose lessons take turns.
+    """
+    taught = [lesson for lesson in LESSONS if lesson.family in families]
+    return None if step % REPEAT_EVERY == 0 else taught[step // STEPS % len(taught)]
 
 
 def draw(lesson: Lesson, random: Random, side: int, num_questions: int) -> Example:

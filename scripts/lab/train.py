@@ -63,6 +63,12 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         help="next steps, lessons of the language model alone on patches that show something",
     )
+    parser.add_argument(
+        "--lesson-steps", type=int, default=0, help="next steps, lessons of the whole model"
+    )
+    parser.add_argument(
+        "--lesson-families", nargs="+", choices=tasks.FAMILIES, default=list(tasks.FAMILIES)
+    )
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--tower-rate", type=float, default=2.5e-3, help="in the tower's steps")
@@ -341,6 +347,8 @@ class Trainer:
             arguments.blind,
             arguments.tower_steps,
             arguments.marked_steps,
+            arguments.lesson_steps,
+            arguments.lesson_families,
             arguments.albums,
         )
         self.model.train()

@@ -171,7 +171,9 @@ def test_a_lesson_that_nobody_asks_is_an_error() -> None:
 
 def test_every_lesson_has_its_turn_and_repetition_too() -> None:
     length = lessons.STEPS * len(lessons.LESSONS)
-    given = [lessons.lesson_at(step) for step in range(2 * length)]
+    given = [lessons.lesson_at(step, tasks.FAMILIES) for step in range(2 * length)]
     assert set(given) == {None, *lessons.LESSONS}
     assert set(given[:length]) == set(given[length:])
     assert given.count(None) == 2 * length // lessons.REPEAT_EVERY
+    of_charts = {lessons.lesson_at(step, ["charts"]) for step in range(length)}
+    assert of_charts == {None, *(one for one in lessons.LESSONS if one.family == "charts")}

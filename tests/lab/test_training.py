@@ -160,7 +160,7 @@ def train(out: Path, steps: int) -> dict:
         "import sys, lab_model, train; "
         f"lab_model.PRESETS['tiny'] = lab_model.{SPEC!r}; "
         f"sys.argv = ['train.py', '--out', {str(out)!r}, '--preset', 'tiny', '--steps', '6', "
-        "'--tower-steps', '1', '--marked-steps', '3', '--batch', '4', "
+        "'--tower-steps', '1', '--marked-steps', '2', '--lesson-steps', '2', '--batch', '4', "
         "'--evaluate-every', '3', '--workers', '0']; "
         f"arguments = train.parse_arguments(); arguments.out.mkdir(exist_ok=True); "
         f"trainer = train.Trainer(arguments); trainer.run({steps})"

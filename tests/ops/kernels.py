@@ -1,7 +1,7 @@
 """Which implementations of an operation run here.
 
-With `TRITON_INTERPRET=1` those are the Triton kernels, interpreted: the tests of this folder run
-once without and once with it. It is slow, so shapes are smaller then.
+With `TRITON_INTERPRET=1` those are the Triton kernels, interpreted on the CPU, and with
+`ZIPVL_TEST_DEVICE=cuda` compiled ones. Interpreting is slow, so shapes are smaller then.
 """
 
 import os
@@ -10,15 +10,19 @@ from types import ModuleType
 
 import pytest
 
-from vllm_zipvl.ops.lazy import numba_module
+from vllm_zipvl.ops.lazy import numba_module, triton_module
 
+DEVICE = os.environ.get("ZIPVL_TEST_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IN_TRITON = INTERPRETED or DEVICE != "cpu"
+
+numba_only = pytest.mark.skipif(IN_TRITON, reason="about the kernels in numba")
 
 
 def kernels(operation: str) -> ModuleType:
-    """The module that the operation's API uses here, on the CPU."""
+    """The module whose kernels the operation's API uses here."""
     name = f"vllm_zipvl.ops.{operation}."
-    module = import_module(name + "triton") if INTERPRETED else numba_module(name + "cpu")
+    module = triton_module(name + "triton", DEVICE) or numba_module(name + "cpu")
     assert module is not None
     return module
 
@@ -28,10 +32,7 @@ def name_of(implementation: ModuleType) -> str:
 
 
 def implementations(operation: str) -> pytest.MarkDecorator:
-    """Parametrises a test by `implementation`: the kernels of here and their oracle."""
+    """Parametrises a test by `implementation`: the kernels used here and their oracle."""
     oracle = import_module(f"vllm_zipvl.ops.{operation}.reference")
     modules = [kernels(operation), oracle]
     return pytest.mark.parametrize("implementation", modules, ids=name_of)
-
-
-numba_only = pytest.mark.skipif(INTERPRETED, reason="about the kernels in numba")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kernels import INTERPRETED, implementations, kernels, numba_only
+from kernels import IN_TRITON, INTERPRETED, implementations, kernels, numba_only
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, hadamard, rotate
@@ -133,18 +133,22 @@ def eager(query: torch.Tensor, kv: torch.Tensor, scale: float) -> tuple[torch.Te
 
 
 def eager_on_codes(
-    query: torch.Tensor, kv: torch.Tensor, scale: float, dtype: torch.dtype
+    query: torch.Tensor, kv: torch.Tensor, norm: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `eager` in float32, with the sums that codes need: rotated, zeros taken apart.
+    """As `eager` in float32, with the sums that codes need: normalised, rotated, zeros apart.
 
     What the codes are multiplied by is rounded to `dtype` first.
     """
     num_kv_heads, head_size = kv.shape[1], kv.shape[2] // 2
-    q = (rotate(query).view(num_kv_heads, -1, head_size) * scale).to(dtype).float()
-    key, value = (rotate(part) for part in kv.permute(1, 0, 2).chunk(2, dim=-1))
+    plain_q = query.float().view(num_kv_heads, -1, head_size) * scale
+    mean, std = norm[:, :, None]
+    q = rotate(plain_q * std).to(dtype).float()
+    key, value = kv.float().permute(1, 0, 2).chunk(2, dim=-1)
+    key, value = rotate((key - mean) / std), rotate(value)
     key_zero, value_zero = key.amin(-1, keepdim=True), value.amin(-1, keepdim=True)
     scores = q @ (key - key_zero).transpose(1, 2)
     scores = scores + q.sum(-1, keepdim=True) * key_zero.transpose(1, 2)
+    scores = scores + (plain_q * mean).sum(-1, keepdim=True)
     weights = scores.softmax(-1).to(dtype).float()
     out = rotate(weights @ (value - value_zero) + weights @ value_zero)
     return out.flatten(0, 1), scores.logsumexp(-1).flatten()
@@ -165,8 +169,9 @@ def check(
     oracle_lse = reference.decode_attention(query, case.context, case.rows, scale, oracle)
     for i, kv in enumerate(case.truth_kv):
         truth, truth_lse = eager(query[i], kv, scale)
-        product_dtype = dtype if INTERPRETED else torch.float32
-        same, same_lse = eager_on_codes(query[i], kv, scale, product_dtype)
+        product_dtype = dtype if IN_TRITON else torch.float32
+        norm = case.context.key_norms[case.rows.slots[i]]
+        same, same_lse = eager_on_codes(query[i], kv, norm, scale, product_dtype)
         rounding = torch.finfo(torch.float32).eps * kv.abs().max()
         budget = 4 * (same - truth).abs().max() + 4 * rounding
         budget = budget + torch.finfo(dtype).eps / 2 * truth.abs()

@@ -2,15 +2,17 @@ from types import ModuleType
 
 import pytest
 import torch
-import vllm._custom_ops  # noqa: F401  (loads the CPU kernel)
-from kernels import INTERPRETED, name_of, numba_only
+from kernels import DEVICE, IN_TRITON, INTERPRETED, name_of, numba_only
 
 from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import cpu, prefill_attention, reference
 
+if not IN_TRITON:
+    import vllm._custom_ops  # noqa: F401  (loads the CPU kernel)
+
 LONG = 200 if INTERPRETED else 1000
 SHAPES = [(1, 1), (63, 63), (111, 111), (LONG, LONG), (1, 111), (63, LONG), (LONG - 63, LONG)]
-kernel = triton_module("vllm_zipvl.ops.prefill_attention.triton", "cpu") or cpu
+kernel = triton_module("vllm_zipvl.ops.prefill_attention.triton", DEVICE) or cpu
 BOTH = pytest.mark.parametrize("implementation", [kernel, reference], ids=name_of)
 
 

@@ -3,6 +3,7 @@
 import numba
 import pytest
 import torch
+from kernels import numba_only
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
@@ -10,6 +11,7 @@ from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import write_pages
 from vllm_zipvl.ops.threads import match_num_threads
 
+pytestmark = numba_only
 GEOMETRY = PageGeometry(1, 1, 64, 4, 16, 4, 2)
 
 

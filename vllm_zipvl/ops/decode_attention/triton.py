@@ -33,7 +33,7 @@ def _attend_codes(
     q,
     offset,
     heap,
-    params,
+    parameters,
     table,
     table_step,
     first,
@@ -67,10 +67,14 @@ def _attend_codes(
         code = base[:, None] + (slot * code_bytes)[:, None] + byte[None, :]
         is_code = is_token[:, None] & is_channel[None, :]
         param = (base + param_offset) // 2 + slot
-        key_scale = tl.load(params + param, mask=is_token, other=0).to(tl.float32)
-        key_zero = tl.load(params + param + capacity, mask=is_token, other=0).to(tl.float32)
-        value_scale = tl.load(params + param + 2 * capacity, mask=is_token, other=0).to(tl.float32)
-        value_zero = tl.load(params + param + 3 * capacity, mask=is_token, other=0).to(tl.float32)
+        key_scale = tl.load(parameters + param, mask=is_token, other=0).to(tl.float32)
+        key_zero = tl.load(parameters + param + capacity, mask=is_token, other=0).to(tl.float32)
+        value_scale = tl.load(parameters + param + 2 * capacity, mask=is_token, other=0).to(
+            tl.float32
+        )
+        value_zero = tl.load(parameters + param + 3 * capacity, mask=is_token, other=0).to(
+            tl.float32
+        )
         packed = tl.load(heap + code, mask=is_code, other=0)
         codes = (packed >> shift[None, :]) & (2**bits - 1)
         keys = (codes.to(tl.float32) - middle).to(q.dtype)
@@ -125,7 +129,7 @@ def _attend_pages(
     offset,
     scale,
     heap,
-    params,
+    parameters,
     elements,
     table,
     table_step,
@@ -164,7 +168,7 @@ def _attend_pages(
             folded,
             offset,
             heap,
-            params,
+            parameters,
             table,
             table_step,
             first,
@@ -189,7 +193,7 @@ def _attend(
     scale,
     cache,
     heap,
-    params,
+    parameters,
     elements,
     page_table,
     page_counts,
@@ -251,7 +255,7 @@ def _attend(
         offset,
         scale,
         heap,
-        params,
+        parameters,
         elements,
         table,
         1,
@@ -279,7 +283,7 @@ def _attend(
             offset,
             scale,
             heap,
-            params,
+            parameters,
             elements,
             table + page_table_width - 1,
             -1,

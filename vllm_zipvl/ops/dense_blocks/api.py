@@ -9,12 +9,16 @@ from types import ModuleType
 import torch
 
 from vllm_zipvl.ops.dense_blocks import reference
-from vllm_zipvl.ops.lazy import numba_module
+from vllm_zipvl.ops.lazy import numba_module, triton_module
 
 
 def _implementation(kv_cache: torch.Tensor) -> ModuleType:
-    on_cpu = kv_cache.device.type == "cpu"
-    return on_cpu and numba_module("vllm_zipvl.ops.dense_blocks.cpu") or reference
+    device = kv_cache.device.type
+    return (
+        triton_module("vllm_zipvl.ops.dense_blocks.triton", device)
+        or (device == "cpu" and numba_module("vllm_zipvl.ops.dense_blocks.cpu"))
+        or reference
+    )
 
 
 def store_kv(

@@ -6,25 +6,47 @@ import triton.language as tl
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, hadamard
-from vllm_zipvl.ops.tiles import dot, padded
+from vllm_zipvl.ops.tiles import padded
 
 TILE_TOKENS = 32
+TILE_CHANNELS = 16
 _HALF_LIMIT = tl.constexpr(torch.finfo(torch.float16).max)
 
 
 @triton.jit
-def _normalised(
-    source, norms, is_token, channels, head_size: tl.constexpr, normalises: tl.constexpr
+def _rotated(
+    source,
+    norms,
+    rotation,
+    is_token,
+    columns,
+    is_column,
+    head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+    tile_channels: tl.constexpr,
+    normalises: tl.constexpr,
 ):
-    """One side of a tile's tokens, float32 [tile_tokens, channels_padded]."""
-    mask = is_token[:, None] & (channels < head_size)[None, :]
-    x = tl.load(source[:, None] + channels[None, :], mask=mask, other=0).to(tl.float32)
-    if normalises:
+    """Some columns of one side of a tile's tokens after the rotation.
+
+    In tiles of channels, since a thread cannot hold its part of the whole rotation.
+    """
+    sums = tl.zeros([is_token.shape[0], columns.shape[0]], tl.float32)
+    for first in range(0, channels_padded, tile_channels):
+        channels = first + tl.arange(0, tile_channels)
         is_channel = channels < head_size
-        mean = tl.load(norms + channels, mask=is_channel, other=0)
-        scale = tl.load(norms + tl.num_programs(1) * head_size + channels, mask=is_channel, other=1)
-        x = tl.where(mask, (x - mean[None, :]) / scale[None, :], 0.0)
-    return x
+        mask = is_token[:, None] & is_channel[None, :]
+        x = tl.load(source[:, None] + channels[None, :], mask=mask, other=0).to(tl.float32)
+        if normalises:
+            mean = tl.load(norms + channels, mask=is_channel, other=0)
+            scale = norms + tl.num_programs(1) * head_size
+            scale = tl.load(scale + channels, mask=is_channel, other=1)
+            x = tl.where(mask, (x - mean[None, :]) / scale[None, :], 0.0)
+        square = channels[:, None] * head_size + columns[None, :]
+        mask = is_channel[:, None] & is_column[None, :]
+        turn = tl.load(rotation + square, mask=mask, other=0)
+        # As exact as float32, on tensor cores: each factor is a sum of two of tf32.
+        sums += tl.dot(x, turn, input_precision="tf32x3")
+    return sums
 
 
 @triton.jit
@@ -53,41 +75,46 @@ def _to_half(x):
 
 @triton.jit
 def _encode_side(
-    x,
+    source,
+    norms,
     rotation,
     heap,
-    params,
+    parameters,
     is_token,
-    channels,
     head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+    tile_channels: tl.constexpr,
     bits: tl.constexpr,
     code_bytes: tl.constexpr,
     bytes_padded: tl.constexpr,
     capacity: tl.constexpr,
     half_range: tl.constexpr,
+    normalises: tl.constexpr,
 ):
-    """Write codes to `heap` and scale and zero to `params`, pointers [tile_tokens] each."""
+    """Write codes to `heap` and scale and zero to `parameters`, pointers [tile_tokens] each."""
+    channels = tl.arange(0, channels_padded)
     is_channel = channels < head_size
-    square = channels[:, None] * head_size + channels[None, :]
-    turn = tl.load(rotation + square, mask=is_channel[:, None] & is_channel[None, :], other=0)
-    low, high = _range(dot(x, turn), is_channel, head_size, half_range)
+    y = _rotated(
+        source, norms, rotation, is_token, channels, is_channel, head_size, channels_padded,
+        tile_channels, normalises,
+    )  # fmt: skip
+    low, high = _range(y, is_channel, head_size, half_range)
     levels: tl.constexpr = 2**bits - 1
     zero = _to_half(low)
     scale = _to_half(tl.maximum((high - zero.to(tl.float32)) / levels, 0.0))
-    tl.store(params, scale, mask=is_token)
-    tl.store(params + capacity, zero, mask=is_token)
+    tl.store(parameters, scale, mask=is_token)
+    tl.store(parameters + capacity, zero, mask=is_token)
     step = scale.to(tl.float32)
     per_step = tl.where(step > 0, 1 / tl.where(step > 0, step, 1.0), 0.0)
     # Byte j holds the codes of channels j, j + code_bytes, ...: one product for each.
     places = tl.arange(0, bytes_padded)
-    packed = tl.zeros([x.shape[0], bytes_padded], tl.int32)
+    packed = tl.zeros([is_token.shape[0], bytes_padded], tl.int32)
     for part in tl.static_range(8 // bits):
-        columns = part * code_bytes + places
-        mask = is_channel[:, None] & (places < code_bytes)[None, :]
-        turn = tl.load(
-            rotation + channels[:, None] * head_size + columns[None, :], mask=mask, other=0
-        )
-        y = tl.minimum(tl.maximum(dot(x, turn), low[:, None]), high[:, None])
+        y = _rotated(
+            source, norms, rotation, is_token, part * code_bytes + places, places < code_bytes,
+            head_size, channels_padded, tile_channels, normalises,
+        )  # fmt: skip
+        y = tl.minimum(tl.maximum(y, low[:, None]), high[:, None])
         code = (y - zero.to(tl.float32)[:, None]) * per_step[:, None]
         # To the nearest, ties to even as torch rounds: adding 1.5 * 2^23 drops the fraction.
         code = (code + 12582912.0) - 12582912.0
@@ -101,7 +128,7 @@ def _encode_side(
 def _encode(
     dense,
     heap,
-    params,
+    parameters,
     elements,
     rotation,
     norms,
@@ -132,6 +159,7 @@ def _encode(
     half_range: tl.constexpr,
     normalises: tl.constexpr,
     tile_tokens: tl.constexpr,
+    tile_channels: tl.constexpr,
 ):
     """One program per tile of a layer's tokens of one precision, KV head and layer."""
     tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -159,16 +187,14 @@ def _encode(
                 tl.store(elements + target[:, None] + channels[None, :], x, mask=mask)
         else:
             own_norms = norms + layer * norm_stride + head * head_size
-            param = params + (base + 2 * capacity * code_bytes) // 2 + slot
+            parameter = parameters + (base + 2 * capacity * code_bytes) // 2 + slot
             for side in tl.static_range(2):
-                x = _normalised(
-                    source + side * head_size, own_norms, is_token, channels, head_size,
-                    normalises and side == 0,
-                )  # fmt: skip
                 _encode_side(
-                    x, rotation, heap + base + (side * capacity + slot) * code_bytes,
-                    param + 2 * side * capacity, is_token, channels, head_size, bits, code_bytes,
-                    bytes_padded, capacity, half_range,
+                    source + side * head_size, own_norms, rotation,
+                    heap + base + (side * capacity + slot) * code_bytes,
+                    parameter + 2 * side * capacity, is_token, head_size, channels_padded,
+                    tile_channels, bits, code_bytes, bytes_padded, capacity, half_range,
+                    normalises and side == 0,
                 )  # fmt: skip
 
 
@@ -185,6 +211,7 @@ def _page_arguments(bits: int, geometry: PageGeometry) -> dict[str, int | float]
         "head_size": geometry.head_size,
         "channels_padded": padded(geometry.head_size),
         "tile_tokens": TILE_TOKENS,
+        "tile_channels": TILE_CHANNELS,
     }
 
 

@@ -1,0 +1,150 @@
+"""The Triton kernels compile for GPUs, of which this machine needs none; what they use there.
+
+The API's own calls are made on tensors of the CPU, and every launch is a compilation instead, so
+that types, alignments and constants are those of real calls.
+"""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels import IN_TRITON
+from test_decode_attention import ROWS, make_case
+
+from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.quantization import KeyNorm
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(IN_TRITON, reason="the kernels run here, in the other tests")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.driver import DriverBase  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""What a block may use, by compute capability (CUDA programming guide)."""
+
+
+class AbsentGPU(DriverBase):
+    """Says which GPU to compile for; there is none to launch on."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture(params=SHARED_BYTES, ids=lambda capability: f"sm{capability}")
+def compiled(request, monkeypatch) -> list[Any]:
+    """The kernels that a test's calls compiled."""
+    found = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append(kernel)
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    before = driver._active
+    driver.set_active(AbsentGPU(request.param))
+    yield found
+    driver._active = before
+
+
+def stack_bytes(kernel: Any, tmp_path: Path) -> int:
+    """Of local memory a thread: what did not fit into registers."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return max(int(part.split(":")[1]) for part in text.split() if part.startswith("STACK:"))
+
+
+def check(compiled: list[Any], num_kernels: int, tmp_path: Path) -> None:
+    assert len(compiled) == num_kernels
+    for kernel in compiled:
+        capability = kernel.metadata.target.arch
+        assert kernel.metadata.shared <= SHARED_BYTES[capability]
+        assert stack_bytes(kernel, tmp_path) == 0, kernel.metadata.name
+
+
+@pytest.mark.parametrize("heads", [(28, 4), (32, 32)], ids=str)
+def test_probe_scores(compiled, heads, tmp_path) -> None:
+    from vllm_zipvl.ops.probe_scores.triton import probe_scores
+
+    queries, keys = torch.zeros(128, heads[0], 128), torch.zeros(256, heads[1], 256)[..., :128]
+    probe_scores(queries.bfloat16(), torch.arange(128), 64, keys.bfloat16(), 0.1)
+    check(compiled, 2, tmp_path)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_prefill_attention(compiled, head_size, tmp_path) -> None:
+    from vllm_zipvl.ops.prefill_attention.triton import prefill_attention
+
+    query, kv = (
+        torch.zeros(256, 28, head_size).bfloat16(),
+        torch.zeros(256, 4, head_size).bfloat16(),
+    )
+    prefill_attention(query, kv, kv, 0.1)
+    check(compiled, 1, tmp_path)
+    assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
+
+
+def test_dense_blocks(compiled, tmp_path) -> None:
+    from vllm_zipvl.ops.dense_blocks.triton import gather_kv, store_kv
+
+    kv_cache = torch.zeros(8, 4, 16, 256).bfloat16()
+    key, value = torch.zeros(2, 64, 4, 128).bfloat16()
+    store_kv(key, value, kv_cache, torch.arange(64))
+    gather_kv(kv_cache, torch.arange(8).int(), 16, 80)
+    check(compiled, 2, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+def test_page_codec(compiled, bits, tmp_path) -> None:
+    from vllm_zipvl.ops.page_codec.triton import write_pages
+
+    geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
+    heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
+    norm = KeyNorm(torch.zeros(4, 128), torch.ones(4, 128))
+    kv = torch.zeros(64, 4, 256).bfloat16()
+    write_pages(kv, heap, torch.arange(64).int(), 0, bits, geometry, norm)
+    check(compiled, 1, tmp_path)
+
+
+@pytest.mark.parametrize("heads", [(28, 4), (32, 32)], ids=str)
+@pytest.mark.parametrize("bits", [(4, 2), (16, 0), (8, 4)], ids=str)
+def test_decode_attention(compiled, bits, heads, tmp_path, monkeypatch) -> None:
+    from vllm_zipvl.ops.decode_attention.triton import decode_attention
+
+    geometry = PageGeometry(2, heads[1], 128, 2, 16, *bits)
+    case = make_case(geometry, torch.bfloat16, ROWS[:2])
+    query = torch.zeros(2, heads[0], 128).bfloat16()
+    decode_attention(query, case.context, case.rows, 0.1, torch.empty_like(query))
+    check(compiled, 2, tmp_path)
