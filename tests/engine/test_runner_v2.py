@@ -1,4 +1,4 @@
-"""Model runner V2, which vLLM uses on GPUs, under Triton's interpreter."""
+"""What vLLM uses on GPUs, under Triton's interpreter: model runner V2 and the Triton kernels."""
 
 import json
 import os
@@ -31,11 +31,14 @@ with zipvl_engine(model, zipvl, **settings) as llm:
     assert llm.llm_engine.vllm_config.use_v2_model_runner
     tokens = generate(llm, requests, max_tokens)
     assert_counted_whole(llm)
+for operation in ("decode_attention", "dense_blocks", "page_codec", "prefill_attention",
+                  "probe_scores"):
+    assert f"vllm_zipvl.ops.{operation}.triton" in sys.modules, operation
 print("tokens", json.dumps(tokens))
 """
 
 
-def test_same_tokens_as_runner_v1(checkpoint):
+def test_same_tokens_as_runner_v1_and_the_cpu_kernels(checkpoint):
     model = checkpoint("llama", dtype="float32")
     with zipvl_engine(model, ZIPVL, **SETTINGS) as llm:
         assert not llm.llm_engine.vllm_config.use_v2_model_runner

@@ -94,23 +94,18 @@ def check(compiled: list[Any], num_kernels: int, tmp_path: Path) -> None:
         assert stack_bytes(kernel, tmp_path) == 0, kernel.metadata.name
 
 
-@pytest.mark.parametrize("heads", [(28, 4), (32, 32)], ids=str)
-def test_probe_scores(compiled, heads, tmp_path) -> None:
+def test_probe_scores(compiled, tmp_path) -> None:
     from vllm_zipvl.ops.probe_scores.triton import probe_scores
 
-    queries, keys = torch.zeros(128, heads[0], 128), torch.zeros(256, heads[1], 256)[..., :128]
+    queries, keys = torch.zeros(128, 28, 128), torch.zeros(256, 4, 256)[..., :128]
     probe_scores(queries.bfloat16(), torch.arange(128), 64, keys.bfloat16(), 0.1)
     check(compiled, 2, tmp_path)
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_prefill_attention(compiled, head_size, tmp_path) -> None:
+def test_prefill_attention(compiled, tmp_path) -> None:
     from vllm_zipvl.ops.prefill_attention.triton import prefill_attention
 
-    query, kv = (
-        torch.zeros(256, 28, head_size).bfloat16(),
-        torch.zeros(256, 4, head_size).bfloat16(),
-    )
+    query, kv = torch.zeros(256, 28, 128).bfloat16(), torch.zeros(256, 4, 128).bfloat16()
     prefill_attention(query, kv, kv, 0.1)
     check(compiled, 1, tmp_path)
     assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
@@ -138,9 +133,10 @@ def test_page_codec(compiled, bits, tmp_path) -> None:
     check(compiled, 1, tmp_path)
 
 
-@pytest.mark.parametrize("heads", [(28, 4), (32, 32)], ids=str)
-@pytest.mark.parametrize("bits", [(4, 2), (16, 0), (8, 4)], ids=str)
-def test_decode_attention(compiled, bits, heads, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("bits", "heads"), [((4, 2), (28, 4)), ((8, 4), (28, 4)), ((16, 0), (32, 32))], ids=str
+)
+def test_decode_attention(compiled, bits, heads, tmp_path) -> None:
     from vllm_zipvl.ops.decode_attention.triton import decode_attention
 
     geometry = PageGeometry(2, heads[1], 128, 2, 16, *bits)

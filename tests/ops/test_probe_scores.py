@@ -18,7 +18,7 @@ def truth(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [(28, 4), (8, 8), (32, 8)], ids=str)
+@pytest.mark.parametrize("heads", [(28, 4), (8, 8), (32, 8)][: 2 if INTERPRETED else 3], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 63, 111, 300 if INTERPRETED else 1000])
 def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(num_tokens)

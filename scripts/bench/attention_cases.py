@@ -1,0 +1,145 @@
+"""What the attention benchmarks run on any device, and how it is checked first.
+
+Tensors are made on torch's default device.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_zipvl.cache.heap import PageCursor, PageHeap
+from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
+from vllm_zipvl.core.probes import num_visible_probes, probe_positions
+from vllm_zipvl.core.selection import select
+from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
+from vllm_zipvl.ops.decode_attention import reference as decode_reference
+from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
+from vllm_zipvl.ops.prefill_attention import prefill_attention
+from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
+from vllm_zipvl.ops.probe_scores import probe_scores
+
+DTYPE = torch.bfloat16
+RESIDUAL = 32
+
+
+class Layer(NamedTuple):
+    """The shape of one layer and of the blocks that its keys and values lie in."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+
+    @property
+    def heads(self) -> list[int]:
+        return [self.num_heads, self.num_kv_heads, self.head_size]
+
+    @property
+    def scale(self) -> float:
+        return self.head_size**-0.5
+
+    def geometry(self, high_bits: int, low_bits: int) -> PageGeometry:
+        return PageGeometry(
+            1, self.num_kv_heads, self.head_size, DTYPE.itemsize, self.block_size, high_bits,
+            low_bits,
+        )  # fmt: skip
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=DTYPE)
+
+
+def agree(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Stop the run if an operation is off by more than a few roundings of the dtype."""
+    error = float((found.float() - expected.float()).abs().max())
+    budget = 4 * torch.finfo(DTYPE).eps * float(expected.abs().max())
+    if not error <= budget:
+        raise SystemExit(f"{name} differs from its reference by {error:.3g} > {budget:.3g}")
+
+
+def sparse_prefill(
+    layer: Layer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    ratio: float,
+) -> torch.Tensor:
+    """What the backend does for one layer of a prompt in one chunk."""
+    num_tokens, device = query.shape[0], query.device
+    config = ZipVLConfig(ratio=ratio)
+    store_kv(key, value, kv_cache, slots)
+    probes = probe_positions(0, 0, num_tokens, config.probe_recent, config.probe_random)
+    host_positions = torch.cat([torch.from_numpy(part.copy()) for part in probes])
+    positions = host_positions.to(device)
+    mass = probe_scores(query[positions], positions, len(probes.random), key, layer.scale)
+    visible = num_visible_probes(host_positions.numpy(), num_tokens)
+    visible = torch.from_numpy(visible.copy()).to(device)
+    selection = select(mass.random + mass.recent, visible, len(probes.recent), config)
+    kept = selection.kept.nonzero().flatten()
+    out = torch.zeros_like(query)
+    out[kept] = prefill_attention(query[kept], key[kept], value[kept], layer.scale)
+    return out
+
+
+def check_prefill(layer: Layer) -> None:
+    num_tokens = 300
+    query = randn(100, layer.num_heads, layer.head_size)
+    key, value = randn(2, num_tokens, layer.num_kv_heads, layer.head_size)
+    expected = prefill_reference.prefill_attention(query, key, value, layer.scale)
+    agree("prefill attention", prefill_attention(query, key, value, layer.scale), expected)
+    num_blocks = cdiv(num_tokens, layer.block_size)
+    cache = randn(num_blocks, layer.num_kv_heads, layer.block_size, 2 * layer.head_size)
+    store_kv(key, value, cache, torch.arange(num_tokens))
+    stored = gather_kv(cache, torch.arange(num_blocks), 0, num_tokens)
+    agree("dense blocks", stored, torch.cat([key, value], dim=-1))
+    positions = torch.tensor([250, 299])
+    mass = sum(probe_scores(query[:2], positions, 1, key, layer.scale))
+    keys = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).double()
+    scores = torch.einsum("ihd,jhd->ihj", query[:2].double(), keys * layer.scale)
+    hidden = torch.arange(num_tokens) > positions[:, None, None]
+    exact = scores.masked_fill(hidden, float("-inf")).softmax(-1).sum((0, 1))
+    agree("probe scores", mass, exact)
+
+
+def decode_case(
+    layer: Layer, num_rows: int, num_tokens: int, bits: tuple[int, int], kept: float
+) -> tuple[CachedContext, DecodeRows]:
+    """Rows whose prompts are compressed, in memory where pages of all rows are mixed."""
+    geometry, block_size = layer.geometry(*bits), layer.block_size
+    end = num_compressible(num_tokens, RESIDUAL, block_size)
+    mask = torch.arange(end) < round(kept * end)
+    num_high, num_low = int(mask.sum()), int((~mask).sum())
+    pages = geometry.num_pages(num_high, bits[0]) + geometry.num_pages(num_low, bits[1])
+    blocks = torch.randperm(num_rows * geometry.num_blocks(pages)).view(num_rows, -1)
+    tail = cdiv(num_tokens - end, block_size)
+    num_pages = blocks.numel() * geometry.pages_per_block
+    memory = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
+    heap = PageHeap(memory, geometry, num_rows, num_tokens)
+    block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)
+    for i in range(num_rows):
+        kv = randn(end, layer.num_kv_heads, 2 * layer.head_size)
+        cursor = PageCursor(blocks[i].tolist(), 0, geometry.pages_per_block)
+        heap.set_key_norm(0, i, kv[..., : layer.head_size])
+        heap.append(0, i, 0, kv[mask], cursor)
+        heap.append(0, i, 1, kv[~mask], cursor)
+        block_table[i, end // block_size :] = torch.arange(i * tail, (i + 1) * tail)
+    kv_cache = randn(num_rows * tail, layer.num_kv_heads, block_size, 2 * layer.head_size)
+    context = CachedContext(
+        kv_cache, memory, heap.page_table[0], heap.page_counts[0], block_table, geometry,
+        heap.key_norms[0],
+    )  # fmt: skip
+    every = torch.arange(num_rows, dtype=torch.int32)
+    ends = torch.full((num_rows,), end, dtype=torch.int32)
+    return context, DecodeRows(every, every, ends, torch.full_like(ends, num_tokens))
+
+
+def check_decode(layer: Layer, bits: tuple[int, int], kept: float) -> None:
+    context, rows = decode_case(layer, 2, 300, bits, kept)
+    query = randn(2, layer.num_heads, layer.head_size)
+    out, expected = torch.empty_like(query), torch.empty_like(query)
+    decode_attention(query, context, rows, layer.scale, out)
+    decode_reference.decode_attention(query, context, rows, layer.scale, expected)
+    agree(f"decode attention at {bits}", out, expected)
