@@ -19,7 +19,7 @@ stage "ruff check" $bin/ruff check .
 stage "ruff format" $bin/ruff format --check .
 stage "mypy" $bin/mypy
 stage "import layers" $bin/lint-imports
-stage "Triton kernels, interpreted" env TRITON_INTERPRET=1 $bin/python -m pytest tests/ops
+stage "Triton kernels, interpreted" env TRITON_INTERPRET=1 $bin/python -m pytest tests/ops tests/cache/test_heap.py
 stage "pytest" $bin/python -m pytest --durations=15 "$@"
 echo
 echo "all checks passed"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_zipvl.cache.heap import PageCursor, PageHeap
+from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 from vllm_zipvl.core.probes import num_visible_probes, probe_positions
@@ -15,7 +15,8 @@ from vllm_zipvl.core.selection import select
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.decode_attention import reference as decode_reference
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
-from vllm_zipvl.ops.prefill_attention import prefill_attention
+from vllm_zipvl.ops.page_codec import PageTables, write_tokens
+from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
 from vllm_zipvl.ops.probe_scores import probe_scores
 
@@ -78,10 +79,7 @@ def sparse_prefill(
     visible = num_visible_probes(host_positions.numpy(), num_tokens)
     visible = torch.from_numpy(visible.copy()).to(device)
     selection = select(mass.random + mass.recent, visible, len(probes.recent), config)
-    kept = selection.kept.nonzero().flatten()
-    out = torch.zeros_like(query)
-    out[kept] = prefill_attention(query[kept], key[kept], value[kept], layer.scale)
-    return out
+    return sparse_prefill_attention(query, key, value, selection.kept, layer.scale)
 
 
 def check_prefill(layer: Layer) -> None:
@@ -104,6 +102,22 @@ def check_prefill(layer: Layer) -> None:
     agree("probe scores", mass, exact)
 
 
+def compress_prompt(
+    heap: PageHeap,
+    slot: int,
+    kv_cache: torch.Tensor,
+    block_ids: torch.Tensor,
+    kept: torch.Tensor,
+    heap_block_ids: list[int],
+) -> None:
+    """What a worker does for one layer of a complete prompt, `kept` bool [num_tokens]."""
+    counts = torch.stack([kept.sum(), (~kept).sum() * bool(heap.geometry.low_bits)])
+    before, _ = heap.take_pages(slot, counts[None].int(), heap_block_ids, 0)
+    norms = heap.key_norms[:, slot]
+    tables = PageTables(heap.memory, heap.page_table[:, slot], before, norms, heap.geometry)
+    write_tokens([kv_cache], block_ids, kept[None], tables, takes_norms=True)
+
+
 def decode_case(
     layer: Layer, num_rows: int, num_tokens: int, bits: tuple[int, int], kept: float
 ) -> tuple[CachedContext, DecodeRows]:
@@ -120,11 +134,8 @@ def decode_case(
     heap = PageHeap(memory, geometry, num_rows, num_tokens)
     block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)
     for i in range(num_rows):
-        kv = randn(end, layer.num_kv_heads, 2 * layer.head_size)
-        cursor = PageCursor(blocks[i].tolist(), 0, geometry.pages_per_block)
-        heap.set_key_norm(0, i, kv[..., : layer.head_size])
-        heap.append(0, i, 0, kv[mask], cursor)
-        heap.append(0, i, 1, kv[~mask], cursor)
+        prompt = randn(end // block_size, layer.num_kv_heads, block_size, 2 * layer.head_size)
+        compress_prompt(heap, i, prompt, torch.arange(len(prompt)), mask, blocks[i].tolist())
         block_table[i, end // block_size :] = torch.arange(i * tail, (i + 1) * tail)
     kv_cache = randn(num_rows * tail, layer.num_kv_heads, block_size, 2 * layer.head_size)
     context = CachedContext(

@@ -15,6 +15,7 @@ from attention_cases import (
     Layer,
     check_decode,
     check_prefill,
+    compress_prompt,
     decode_case,
     randn,
     sparse_prefill,
@@ -22,10 +23,9 @@ from attention_cases import (
 from attention_rows import row
 from dense_attention import DenseAttention
 
-from vllm_zipvl.cache.heap import PageCursor, PageHeap
+from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.core.geometry import cdiv
 from vllm_zipvl.ops.decode_attention import decode_attention
-from vllm_zipvl.ops.dense_blocks import gather_kv
 
 LAYERS = {
     "LongVA-7B": Layer(num_heads=28, num_kv_heads=4, head_size=128, block_size=16),
@@ -124,11 +124,7 @@ def compress_row(name: str, layer: Layer, is_dry: bool) -> dict[str, Any]:
 
     def run() -> None:
         heap.reset(0)
-        cursor = PageCursor(list(range(num_blocks)), 0, geometry.pages_per_block)
-        kv = gather_kv(cache, block_ids, 0, num_tokens)
-        heap.set_key_norm(0, 0, kv.chunk(2, dim=-1)[0])
-        heap.append(0, 0, 0, kv[kept], cursor)
-        heap.append(0, 0, 1, kv[~kept], cursor)
+        compress_prompt(heap, 0, cache, block_ids, kept, list(range(num_blocks)))
 
     seconds = milliseconds(run, is_dry) * MILLISECOND
     query = randn(num_tokens, layer.num_heads, layer.head_size)

@@ -121,7 +121,7 @@ def nothing(
     mass: torch.Tensor, num_visible: torch.Tensor, num_recent: int, config: ZipVLConfig
 ) -> Selection:
     """Everything is stored at the low precision."""
-    return Selection(torch.zeros(len(mass), dtype=torch.bool), mass, 0)
+    return Selection(torch.zeros(len(mass), dtype=torch.bool), mass, torch.tensor(0))
 
 
 def _with_text(choose: Choose, is_image: torch.Tensor) -> Choose:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from page_cursor import PageCursor
 from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -31,7 +32,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_zipvl import compat
 from vllm_zipvl.backend.planner import num_computed_tokens
-from vllm_zipvl.cache.heap import PageCursor
 from vllm_zipvl.cache.manager import HeapState, ZipVLManager
 from vllm_zipvl.cache.messages import (
     ChunkPlan,

@@ -103,11 +103,15 @@ def test_probe_scores(compiled, tmp_path) -> None:
 
 
 def test_prefill_attention(compiled, tmp_path) -> None:
-    from vllm_zipvl.ops.prefill_attention.triton import prefill_attention
+    from vllm_zipvl.ops.prefill_attention.triton import (
+        prefill_attention,
+        sparse_prefill_attention,
+    )
 
     query, kv = torch.zeros(256, 28, 128).bfloat16(), torch.zeros(256, 4, 128).bfloat16()
     prefill_attention(query, kv, kv, 0.1)
-    check(compiled, 1, tmp_path)
+    sparse_prefill_attention(query, kv, kv, torch.ones(256, dtype=torch.bool), 0.1)
+    check(compiled, 2, tmp_path)
     assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
 
 

@@ -5,7 +5,12 @@ import torch
 from kernels import DEVICE, IN_TRITON, INTERPRETED, name_of, numba_only
 
 from vllm_zipvl.ops.lazy import triton_module
-from vllm_zipvl.ops.prefill_attention import cpu, prefill_attention, reference
+from vllm_zipvl.ops.prefill_attention import (
+    cpu,
+    prefill_attention,
+    reference,
+    sparse_prefill_attention,
+)
 
 if not IN_TRITON:
     import vllm._custom_ops  # noqa: F401  (loads the CPU kernel)
@@ -71,6 +76,29 @@ def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     kv = torch.randn(num_tokens, 2, 64)
     out = implementation.prefill_attention(torch.empty(0, 4, 64), kv, kv, 0.125)
     assert out.shape == (0, 4, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (63, 63), (20, 111), (1, 111), (LONG, LONG)], ids=str)
+def test_kept_tokens_attend_among_themselves(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(sum(shape))
+    query = torch.randn(shape[0], 6, 64).to(dtype)
+    key, value = torch.randn(2, shape[1], 2, 64).to(dtype)
+    for share in (0.0, 0.4, 1.0):
+        kept = torch.rand(shape[1]) < share
+        kept[-1] = True
+        out = sparse_prefill_attention(query, key, value, kept, 0.125)
+        own = kept[shape[1] - shape[0] :]
+        expected = reference.prefill_attention(query[own], key[kept], value[kept], 0.125)
+        assert not out[~own].any()
+        error = (out[own].float() - expected.float()).abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps * value.abs().max()
+
+
+def test_no_query_is_kept() -> None:
+    kv = torch.randn(9, 2, 64)
+    kept = torch.arange(9) < 5
+    assert not sparse_prefill_attention(torch.randn(3, 4, 64), kv, kv, kept, 0.125).any()
 
 
 @numba_only

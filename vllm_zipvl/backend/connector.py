@@ -68,7 +68,6 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self.worker: ZipVLWorker | None = None
         self.planner: StepPlanner | None = None
-        self._report: StepReport | None = None
         if role is KVConnectorRole.WORKER:
             (group,) = kv_cache_config.kv_cache_groups
             spec = group.kv_cache_spec
@@ -122,11 +121,12 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         assert self.worker is not None
-        self._report = self.worker.compress_planned()
+        self.worker.compress_planned()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        report, self._report = self._report, None
-        return report if report is not None and report.compressions else None
+        assert self.worker is not None
+        report = self.worker.take_report()
+        return report if report.compressions else None
 
     # Scheduler side.
 

@@ -12,7 +12,7 @@ from vllm_zipvl.backend.requirements import check_layer
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
-from vllm_zipvl.ops.prefill_attention import prefill_attention
+from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 
 
 def _worker() -> ZipVLWorker | None:
@@ -132,13 +132,10 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
             k, v = torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
         selection = worker.prompts.select(layer_index, chunk, q, k, self.scale)
         is_sparse = selection is not None and worker.prompts.attends_sparsely(chunk)
-        if selection is None or not is_sparse or bool(selection.kept.all()):
+        if selection is None or not is_sparse:
             out[tokens] = prefill_attention(q, k, v, self.scale)
-            return
-        kept = selection.kept.nonzero().flatten()
-        queries = selection.kept[chunk.start :].nonzero().flatten()
-        out[tokens] = 0
-        out[row.first_token + queries] = prefill_attention(q[queries], k[kept], v[kept], self.scale)
+        else:
+            out[tokens] = sparse_prefill_attention(q, k, v, selection.kept, self.scale)
 
     def _attend_decodes(
         self,

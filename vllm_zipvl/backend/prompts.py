@@ -10,7 +10,7 @@ import torch
 from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import Selection, cap_selections, select
+from vllm_zipvl.core.selection import Selection, cap_selections, keep_all, select
 from vllm_zipvl.ops.probe_scores import probe_scores
 
 
@@ -123,8 +123,7 @@ class PromptSelector:
         """Select among the context of a prompt's newest chunk."""
         end = prompt.chunk.end
         if self._needs_no_scores:
-            kept = torch.ones(end, dtype=torch.bool, device=key.device)
-            return Selection(kept, kept.float(), end)
+            return keep_all(key[:end, 0, 0])
         mass = self._accumulate_mass(prompt, layer, probes, key)
         random, recent = self._probes(prompt.chunk)
         if prompt.num_visible is None:

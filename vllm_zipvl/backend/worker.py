@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_zipvl.backend.prompts import PromptSelector
-from vllm_zipvl.cache.compression import compress
+from vllm_zipvl.cache.compression import Compression, compress
 from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan, StepReport
 from vllm_zipvl.cache.spec import CacheRules
@@ -55,6 +55,9 @@ class ZipVLWorker:
         self._layer_index: dict[str, int] = {}
         self._kv_caches: list[torch.Tensor] = []
         self._tail_probes: dict[int, dict[int, TailProbe]] = {}
+        self.reports_late = False
+        self._launched: dict[int, Compression] = {}
+        self._launched_before: dict[int, Compression] = {}
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take over the KV cache that vLLM allocated.
@@ -84,6 +87,7 @@ class ZipVLWorker:
         num_bytes = first.shape[0] * block_stride
         memory = raw[base : base + num_bytes].view(-1, self.geometry.page_bytes)
         self.heap = PageHeap(memory, self.geometry, self._num_slots, self._max_model_len)
+        self.reports_late = memory.is_cuda
         # No request ends in a block that no plan named: the null block, and those of dummy runs.
         self.slot_of_block = torch.full(
             (first.shape[0],), -1, dtype=torch.int32, device=first.device
@@ -129,6 +133,8 @@ class ZipVLWorker:
         """Take over the plan of a step, before its forward pass."""
         assert self.heap is not None
         self.plan = plan
+        self._launched_before |= self._launched
+        self._launched = {}
         for slot in plan.new_slots:
             self.heap.reset(slot)
             self.prompts.forget(slot)
@@ -154,16 +160,23 @@ class ZipVLWorker:
 
     # After the forward pass.
 
-    def compress_planned(self) -> StepReport:
+    def compress_planned(self) -> None:
         """Run the step's compressions."""
         assert self.plan is not None and self.heap is not None
         for chunk in self.plan.chunks:
             self.prompts.finish_chunk(chunk)
-        reports = {}
         for plan in self.plan.compressions:
             kept = self._kept_of_prompt(plan) if plan.is_prompt else self._kept_of_tail(plan)
-            reports[plan.plan_id] = compress(plan, kept, self._kv_caches, self.heap)
-        return StepReport(reports)
+            self._launched[plan.plan_id] = compress(plan, kept, self._kv_caches, self.heap)
+
+    def take_report(self) -> StepReport:
+        """What earlier steps compressed, and this one unless a GPU would have to be waited for."""
+        done = self._launched_before
+        if not self.reports_late:
+            done = done | self._launched
+            self._launched = {}
+        self._launched_before = {}
+        return StepReport({plan_id: launched.report() for plan_id, launched in done.items()})
 
     def _layers(self) -> Iterable[int]:
         return range(self.geometry.num_layers)

@@ -2,9 +2,42 @@
 
 import torch
 
-from vllm_zipvl.cache.heap import PageCursor, PageHeap
+from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
-from vllm_zipvl.ops.dense_blocks import gather_kv
+from vllm_zipvl.ops.page_codec import PageTables, write_tokens
+
+
+class Compression:
+    """A compression that was launched; a GPU may still be at it.
+
+    Args:
+        figures: Pages in use, then tokens kept in each layer, int64 [1 + num_layers].
+        num_reserved_pages: Pages that the plan had room for.
+    """
+
+    def __init__(self, figures: torch.Tensor, num_reserved_pages: int) -> None:
+        self._num_reserved_pages = num_reserved_pages
+        self._done: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            self._figures = torch.empty_like(figures, device="cpu", pin_memory=True)
+            self._figures.copy_(figures, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        else:
+            self._figures = figures
+
+    def report(self) -> CompressionReport:
+        """The outcome; waits for it.
+
+        Raises:
+            IndexError: The scheduler's reserve was too small.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        num_pages, *num_kept = self._figures.tolist()
+        if num_pages > self._num_reserved_pages:
+            raise IndexError(f"{num_pages} pages do not fit into {self._num_reserved_pages}")
+        return CompressionReport(num_pages, num_kept)
 
 
 def compress(
@@ -12,7 +45,7 @@ def compress(
     kept: list[torch.Tensor],
     kv_caches: list[torch.Tensor],
     heap: PageHeap,
-) -> CompressionReport:
+) -> Compression:
     """Copy tokens [start, end) into pages; dense blocks are only read.
 
     Args:
@@ -21,14 +54,17 @@ def compress(
         kv_caches: Per layer, the dense blocks.
         heap: Receives the pages.
     """
-    cursor = PageCursor(plan.heap_block_ids, plan.first_page, heap.geometry.pages_per_block)
-    num_tokens = plan.end - plan.start
-    block_ids = torch.tensor(plan.dense_block_ids, device=heap.memory.device)
-    for layer, (mask, kv_cache) in enumerate(zip(kept, kv_caches, strict=True)):
-        kv = gather_kv(kv_cache, block_ids, 0, num_tokens)
-        if plan.start == 0:
-            heap.set_key_norm(layer, plan.slot, kv.chunk(2, dim=-1)[0])
-        heap.append(layer, plan.slot, 0, kv[mask], cursor)
-        heap.append(layer, plan.slot, 1, kv[~mask], cursor)
+    geometry, masks = heap.geometry, torch.stack(kept)
+    num_kept = masks.sum(1)
+    num_rest = masks.shape[1] - num_kept if geometry.low_bits else torch.zeros_like(num_kept)
+    num_new = torch.stack([num_kept, num_rest], dim=1).int()
+    before, num_pages = heap.take_pages(plan.slot, num_new, plan.heap_block_ids, plan.first_page)
+    tables = PageTables(
+        heap.memory, heap.page_table[:, plan.slot], before, heap.key_norms[:, plan.slot], geometry
+    )
+    block_ids = torch.tensor(plan.dense_block_ids, device=masks.device)
+    # A request's pages are read with one set of statistics: those of its first tokens.
+    write_tokens(kv_caches, block_ids, masks, tables, takes_norms=plan.start == 0)
     heap.compressed_lens[plan.slot] = plan.end
-    return CompressionReport(cursor.num_pages, [int(mask.sum()) for mask in kept])
+    num_reserved = len(plan.heap_block_ids) * geometry.pages_per_block
+    return Compression(torch.cat([num_pages[None], num_kept]), num_reserved)

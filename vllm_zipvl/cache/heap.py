@@ -1,30 +1,11 @@
-"""The worker's page heap: which pages each slot holds in each layer, and what is in them."""
+"""The worker's page heap: which pages each slot holds in each layer.
+
+Counts and page ids are tensors, so that a GPU need not be waited for.
+"""
 
 import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
-from vllm_zipvl.core.quantization import KeyNorm, key_norm
-from vllm_zipvl.ops.page_codec import write_pages
-
-
-class PageCursor:
-    """Hands out a request's pages in the order in which they fill."""
-
-    def __init__(self, heap_block_ids: list[int], first_page: int, pages_per_block: int) -> None:
-        self.num_pages = first_page
-        self._block_ids = heap_block_ids
-        self._pages_per_block = pages_per_block
-
-    def take(self, num_pages: int) -> list[int]:
-        """The ids of the next `num_pages` pages.
-
-        Raises:
-            IndexError: The scheduler's reserve was too small.
-        """
-        pages = range(self.num_pages, self.num_pages + num_pages)
-        self.num_pages += num_pages
-        per_block = self._pages_per_block
-        return [self._block_ids[i // per_block] * per_block + i % per_block for i in pages]
 
 
 class PageHeap:
@@ -57,8 +38,6 @@ class PageHeap:
         self.key_norms = torch.zeros(*shape, *heads, device=memory.device)
         self.key_norms[:, :, 1] = 1
         self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=memory.device)
-        # A host copy: compression is steered from the host.
-        self._counts = [[[0, 0] for _ in range(num_slots)] for _ in range(geometry.num_layers)]
 
     def reset(self, slot: int) -> None:
         """Empty a slot for its new owner."""
@@ -66,56 +45,48 @@ class PageHeap:
         self.page_counts[:, slot] = 0
         self.key_norms[:, slot, 0] = 0
         self.key_norms[:, slot, 1] = 1
-        for counts in self._counts:
-            counts[slot] = [0, 0]
 
-    def set_key_norm(self, layer: int, slot: int, keys: torch.Tensor) -> None:
-        """Take the channel statistics of a request's first compressed keys.
-
-        All later ones use them too: a request's pages are read with one set.
+    def take_pages(
+        self, slot: int, num_new: torch.Tensor, heap_block_ids: list[int], first_page: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enter the pages that new tokens of a slot need into its table, layer by layer.
 
         Args:
-            layer: Index of the layer.
             slot: The request's slot.
-            keys: [num_tokens, num_kv_heads, head_size].
-        """
-        self.key_norms[layer, slot] = torch.stack(key_norm(keys))
+            num_new: Tokens of each layer and precision, int32 [num_layers, 2]; 0 for evicted ones.
+            heap_block_ids: The request's heap blocks, whose pages fill in this order.
+            first_page: The first of their pages that is not in use yet.
 
-    def append(
-        self, layer: int, slot: int, precision: int, kv: torch.Tensor, cursor: PageCursor
-    ) -> None:
-        """Encode tokens into the slot's pages of one layer and precision.
-
-        Args:
-            layer: Index of the layer.
-            slot: The request's slot.
-            precision: 0 for kept tokens, 1 for the rest.
-            kv: [num_tokens, num_kv_heads, 2 * head_size].
-            cursor: Where new pages come from.
+        Returns:
+            Tokens in pages before, int32 [num_layers, 2], and how many pages are in use now,
+            int64 []. More than the blocks hold means that the scheduler's reserve was too small:
+            then the last block's pages are named more than once.
         """
-        bits = self.geometry.bits[precision]
-        num_new = kv.shape[0]
-        if bits == 0 or num_new == 0:
-            return
-        counts = self._counts[layer][slot]
-        before = counts[precision]
-        capacity = self.geometry.layout(bits).capacity
-        num_held = self.geometry.num_pages(before, bits)
-        num_after = self.geometry.num_pages(before + num_new, bits)
-        new_ids = torch.tensor(cursor.take(num_after - num_held), dtype=torch.int32)
-        table = self.page_table[layer, slot]
-        width = table.shape[0]
-        if precision == 0:
-            table[num_held:num_after] = new_ids
-        else:
-            table[width - num_after : width - num_held] = new_ids.flip(0)
-        first = before // capacity
-        ids = (
-            table[first:num_after]
-            if precision == 0
-            else table[width - num_after : width - first].flip(0)
-        )
-        norm = KeyNorm(*self.key_norms[layer, slot])
-        write_pages(kv, self.memory, ids, before - first * capacity, bits, self.geometry, norm)
-        counts[precision] = before + num_new
-        self.page_counts[layer, slot, precision] = before + num_new
+        geometry, device = self.geometry, num_new.device
+        table = self.page_table[:, slot]
+        before = self.page_counts[:, slot].clone()
+        self.page_counts[:, slot] += num_new
+        # Host arithmetic of `geometry.num_pages`, on tensors.
+        capacity = [geometry.layout(bits).capacity if bits else 1 for bits in geometry.bits]
+        capacities = torch.tensor(capacity, device=device)
+        held = (before + capacities - 1) // capacities
+        needed = (before + num_new + capacities - 1) // capacities - held
+        ends = first_page + needed.flatten().cumsum(0)
+        starts = (ends - needed.flatten()).view_as(needed)
+        blocks = torch.tensor(heap_block_ids or [0], device=device)
+        per_block, width = geometry.pages_per_block, table.shape[1]
+        for precision, bits in enumerate(geometry.bits):
+            if bits == 0:
+                continue
+            steps = torch.arange(width, device=device)
+            page = starts[:, precision, None] + steps
+            block = blocks[(page // per_block).clamp(max=len(blocks) - 1)]
+            ids = (block * per_block + page % per_block).int()
+            column = held[:, precision, None] + steps
+            is_new = (steps < needed[:, precision, None]) & (column < width)
+            column = column % width
+            if precision == 1:
+                column = width - 1 - column
+            # Every column is named once; those without a new page keep what they have.
+            table.scatter_(1, column, torch.where(is_new, ids, table.gather(1, column)))
+        return before, ends[-1]

@@ -1,4 +1,7 @@
-"""How many tokens a layer keeps, and which (section 3.2 of arXiv 2410.08584)."""
+"""How many tokens a layer keeps, and which (section 3.2 of arXiv 2410.08584).
+
+Counts stay tensors, so that nothing here waits for a GPU.
+"""
 
 import math
 from typing import NamedTuple
@@ -14,42 +17,51 @@ class Selection(NamedTuple):
     Attributes:
         kept: Bool mask [n].
         scores: Normalised scores [n], float32.
-        num_by_score: How many tokens the count rule asked for; `kept` may hold more, since
-            the chunk's recent positions are always kept.
+        num_by_score: How many tokens the count rule asked for, int64 []; `kept` may hold more,
+            since the chunk's recent positions are always kept.
     """
 
     kept: torch.Tensor
     scores: torch.Tensor
-    num_by_score: int
+    num_by_score: torch.Tensor
 
 
-def num_for_mass(mass: torch.Tensor, tau: float) -> int:
-    """Fewest tokens, largest first, whose mass reaches `tau` of the whole.
+def num_for_mass(mass: torch.Tensor, tau: float) -> torch.Tensor:
+    """Fewest tokens, largest first, whose mass reaches `tau` of the whole, int64 [].
 
     Args:
         mass: Attention mass per token, float32 [n], not negative.
         tau: Share to reach; 1 keeps all n.
     """
     if tau >= 1:
-        return mass.numel()
+        return _count(mass.numel(), mass)
     running = torch.sort(mass, descending=True, stable=True).values.cumsum(0)
-    reached = torch.searchsorted(running, running[-1:] * tau)
-    return min(int(reached) + 1, mass.numel())
+    reached = torch.searchsorted(running, running[-1:] * tau)[0]
+    return (reached + 1).clamp(max=mass.numel())
 
 
-def num_to_keep(mass: torch.Tensor, config: ZipVLConfig) -> int:
-    """The count rule: by mass, or by a fixed ratio where one is set."""
+def num_to_keep(mass: torch.Tensor, config: ZipVLConfig) -> torch.Tensor:
+    """The count rule: by mass, or by a fixed ratio where one is set; int64 []."""
     if config.ratio is not None:
-        return math.ceil(config.ratio * mass.numel())
+        return _count(math.ceil(config.ratio * mass.numel()), mass)
     return num_for_mass(mass, config.tau)
 
 
-def top_mask(scores: torch.Tensor, num: int) -> torch.Tensor:
+def keep_all(like: torch.Tensor) -> Selection:
+    """Every token of a context of as many as `like` [n] has, without scores."""
+    kept = torch.ones_like(like, dtype=torch.bool)
+    return Selection(kept, kept.float(), _count(kept.numel(), like))
+
+
+def _count(num: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((), num, dtype=torch.int64, device=like.device)
+
+
+def top_mask(scores: torch.Tensor, num: torch.Tensor | int) -> torch.Tensor:
     """Bool mask [n] of the `num` largest scores; among equals the lower position first."""
     order = torch.sort(scores, descending=True, stable=True).indices
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[order[:num]] = True
-    return mask
+    is_top = torch.arange(scores.numel(), device=scores.device) < num
+    return torch.empty_like(is_top).scatter_(0, order, is_top)
 
 
 def select(
@@ -82,15 +94,16 @@ def cap_selections(
     If all layers together keep more than `max_kept` of their tokens, every layer's count is
     scaled by the same factor, smallest scores first to go; the last `num_recent` tokens stay.
     """
-    num_tokens = selections[0].kept.numel()
-    total = sum(int(selection.kept.sum()) for selection in selections)
-    budget = max_kept * num_tokens * len(selections)
-    if total <= budget:
+    if max_kept >= 1:
         return [selection.kept for selection in selections]
-    factor = budget / sum(selection.num_by_score for selection in selections)
+    num_tokens = selections[0].kept.numel()
+    counts = torch.stack([selection.num_by_score for selection in selections]).double()
+    total = torch.stack([selection.kept.sum() for selection in selections]).sum()
+    budget = max_kept * num_tokens * len(selections)
+    capped = (counts * (budget / counts.sum()).clamp(max=1)).floor().long()
     masks = []
-    for selection in selections:
-        kept = top_mask(selection.scores, math.floor(selection.num_by_score * min(factor, 1.0)))
+    for selection, num in zip(selections, capped, strict=True):
+        kept = top_mask(selection.scores, num)
         kept[num_tokens - num_recent :] = True
-        masks.append(kept)
+        masks.append(torch.where(total > budget, kept, selection.kept))
     return masks

@@ -1,5 +1,5 @@
 """Heap pages: writing compressed tokens and reading them back."""
 
-from vllm_zipvl.ops.page_codec.api import read_pages, write_pages
+from vllm_zipvl.ops.page_codec.api import PageTables, read_pages, write_pages, write_tokens
 
-__all__ = ["read_pages", "write_pages"]
+__all__ = ["PageTables", "read_pages", "write_pages", "write_tokens"]

@@ -1,5 +1,7 @@
 """The page codec in Triton: tokens straight from dense blocks into pages, all layers at once."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,9 @@ import triton.language as tl
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, hadamard
 from vllm_zipvl.ops.tiles import padded
+
+if TYPE_CHECKING:
+    from vllm_zipvl.ops.page_codec.api import PageTables
 
 TILE_TOKENS = 32
 TILE_CHANNELS = 16
@@ -258,3 +263,47 @@ def write_pages(
         normalises=bits != UNQUANTISED and norm is not None,
         **_page_arguments(bits, geometry),
     )
+
+
+def write_tokens(
+    kv_caches: list[torch.Tensor], block_ids: torch.Tensor, kept: torch.Tensor, tables: "PageTables"
+) -> None:
+    """See `api.write_tokens`: one launch per precision for all layers."""
+    num_layers, num_tokens = kept.shape
+    heap, pages, before, norms, geometry = tables
+    # All layers lie in one storage, at different places.
+    first = min(kv_caches, key=torch.Tensor.storage_offset)
+    starts = [cache.storage_offset() - first.storage_offset() for cache in kv_caches]
+    num_kept = kept.sum(1)
+    counts = torch.stack([num_kept, num_tokens - num_kept], dim=1).int()
+    order = torch.argsort(~kept, dim=1, stable=True).int()
+    width = pages.shape[1]
+    for precision, bits in enumerate(geometry.bits):
+        if bits == 0:
+            continue
+        _encode[(triton.cdiv(num_tokens, TILE_TOKENS), geometry.num_kv_heads, num_layers)](
+            first,
+            heap,
+            heap.view(torch.float16),
+            heap.view(first.dtype),
+            hadamard(geometry.head_size, kept.device),
+            norms,
+            torch.tensor(starts, device=kept.device),
+            block_ids,
+            order,
+            counts,
+            before,
+            pages,
+            num_tokens,
+            0 if precision == 0 else width - 1,
+            first.stride(0),
+            first.stride(1),
+            first.stride(2),
+            pages.stride(0),
+            norms.stride(0),
+            precision=precision,
+            table_step=1 if precision == 0 else -1,
+            block_size=first.shape[2],
+            normalises=bits != UNQUANTISED,
+            **_page_arguments(bits, geometry),
+        )

@@ -8,9 +8,21 @@ from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import cpu, reference
 
 
+def _triton(query: torch.Tensor) -> ModuleType | None:
+    return triton_module("vllm_zipvl.ops.prefill_attention.triton", query.device.type)
+
+
 def _implementation(query: torch.Tensor) -> ModuleType:
-    in_triton = triton_module("vllm_zipvl.ops.prefill_attention.triton", query.device.type)
-    return in_triton or (cpu if cpu.is_available(query) else reference)
+    return _triton(query) or (cpu if cpu.is_available(query) else reference)
+
+
+def _check(query: torch.Tensor, key: torch.Tensor) -> None:
+    if query.shape[0] > key.shape[0]:
+        raise ValueError(f"{query.shape[0]} queries cannot be the last of {key.shape[0]} keys")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"num_heads {query.shape[1]} must be a multiple of num_kv_heads {key.shape[1]}"
+        )
 
 
 def prefill_attention(
@@ -33,10 +45,36 @@ def prefill_attention(
     Raises:
         ValueError: There are more queries than keys, or heads are not a multiple of KV heads.
     """
-    if query.shape[0] > key.shape[0]:
-        raise ValueError(f"{query.shape[0]} queries cannot be the last of {key.shape[0]} keys")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"num_heads {query.shape[1]} must be a multiple of num_kv_heads {key.shape[1]}"
-        )
+    _check(query, key)
     return _implementation(query).prefill_attention(query, key, value, scale)
+
+
+def sparse_prefill_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention among the kept tokens; the other queries give zeros.
+
+    Args:
+        query: [num_queries, num_heads, head_size], the last tokens of the keys.
+        key: [num_tokens, num_kv_heads, head_size].
+        value: As `key`.
+        kept: Bool mask [num_tokens].
+        scale: Softmax scale.
+
+    Returns:
+        As `prefill_attention`.
+
+    Raises:
+        ValueError: As `prefill_attention`.
+    """
+    _check(query, key)
+    in_triton = _triton(query)
+    if in_triton is not None:
+        return in_triton.sparse_prefill_attention(query, key, value, kept, scale)
+    if bool(kept.all()):
+        return prefill_attention(query, key, value, scale)
+    tokens = kept.nonzero().flatten()
+    queries = kept[len(key) - len(query) :].nonzero().flatten()
+    out = torch.zeros_like(query)
+    out[queries] = prefill_attention(query[queries], key[tokens], value[tokens], scale)
+    return out

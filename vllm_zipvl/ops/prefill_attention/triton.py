@@ -1,4 +1,8 @@
-"""Causal flash attention in Triton (arXiv 2307.08691), queries the last tokens of the keys."""
+"""Causal flash attention in Triton (arXiv 2307.08691), queries the last tokens of the keys.
+
+Sparse prefill reads the kept tokens where they lie: how many they are is known on the device
+alone, so launches are sized for all tokens and superfluous programs end at once.
+"""
 
 import torch
 import triton
@@ -12,13 +16,13 @@ TILE_TOKENS = 64
 
 @triton.jit
 def _load_heads(
-    x, tokens, end, head, token_stride, head_stride, head_size: tl.constexpr,
+    x, tokens, is_token, head, token_stride, head_stride, head_size: tl.constexpr,
     channels_padded: tl.constexpr,
 ):  # fmt: skip
-    """[tokens, channels_padded] of one head, zeros from token `end` on."""
+    """[tokens, channels_padded] of one head."""
     channels = tl.arange(0, channels_padded)
     start = tokens.to(tl.int64) * token_stride + head * head_stride
-    mask = (tokens < end)[:, None] & (channels < head_size)[None, :]
+    mask = is_token[:, None] & (channels < head_size)[None, :]
     return tl.load(x + start[:, None] + channels[None, :], mask=mask, other=0)
 
 
@@ -28,63 +32,86 @@ def _attend(
     key,
     value,
     out,
+    positions,
+    counts,
     scale,
-    num_queries,
-    num_tokens,
+    all_queries,
+    all_tokens,
     query_stride,
     query_head_stride,
     key_stride,
     key_head_stride,
     value_stride,
     value_head_stride,
+    is_sparse: tl.constexpr,
     group: tl.constexpr,
     head_size: tl.constexpr,
     channels_padded: tl.constexpr,
     tile_queries: tl.constexpr,
     tile_tokens: tl.constexpr,
 ):
-    """One program per tile of queries, the last first as they see most, and query head."""
+    """One program per tile of queries, the last first as they see most, and query head.
+
+    `positions` are those of the kept tokens, in order, and `counts` how many queries and tokens
+    are kept; both are ignored if all are.
+    """
+    num_queries, num_tokens = all_queries, all_tokens
+    if is_sparse:
+        num_queries, num_tokens = tl.load(counts), tl.load(counts + 1)
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     queries = tile * tile_queries + tl.arange(0, tile_queries)
-    q = _load_heads(
-        query, queries, num_queries, head, query_stride, query_head_stride, head_size,
-        channels_padded,
-    )  # fmt: skip
-    last = num_tokens - num_queries + queries
-    top = tl.full([tile_queries], float("-inf"), tl.float32)
-    total = tl.zeros([tile_queries], tl.float32)
-    sums = tl.zeros([tile_queries, channels_padded], tl.float32)
-    end = tl.minimum(num_tokens, num_tokens - num_queries + (tile + 1) * tile_queries)
-    for start in range(0, end, tile_tokens):
-        tokens = start + tl.arange(0, tile_tokens)
-        k = _load_heads(
-            key, tokens, end, head // group, key_stride, key_head_stride, head_size,
+    if tile * tile_queries < num_queries:
+        is_query = queries < num_queries
+        last = num_tokens - num_queries + queries
+        rows = queries
+        if is_sparse:
+            rows = tl.load(positions + last, mask=is_query, other=0) - (all_tokens - all_queries)
+        q = _load_heads(
+            query, rows, is_query, head, query_stride, query_head_stride, head_size,
             channels_padded,
         )  # fmt: skip
-        scores = dot(q, tl.trans(k)) * scale
-        is_seen = (tokens[None, :] <= last[:, None]) & (tokens < end)[None, :]
-        top, past, weights = rescale(top, tl.where(is_seen, scores, float("-inf")))
-        v = _load_heads(
-            value, tokens, end, head // group, value_stride, value_head_stride, head_size,
-            channels_padded,
-        )  # fmt: skip
-        total = total * past + tl.sum(weights, axis=1)
-        sums = sums * past[:, None] + dot(rounded(weights, v.dtype), v)
-    channels = tl.arange(0, channels_padded)
-    place = (queries.to(tl.int64) * tl.num_programs(1) + head) * head_size
-    tl.store(
-        out + place[:, None] + channels[None, :],
-        rounded(sums / total[:, None], out.dtype.element_ty),
-        mask=(queries < num_queries)[:, None] & (channels < head_size)[None, :],
-    )
+        top = tl.full([tile_queries], float("-inf"), tl.float32)
+        total = tl.zeros([tile_queries], tl.float32)
+        sums = tl.zeros([tile_queries, channels_padded], tl.float32)
+        end = tl.minimum(num_tokens, num_tokens - num_queries + (tile + 1) * tile_queries)
+        for start in range(0, end, tile_tokens):
+            index = start + tl.arange(0, tile_tokens)
+            is_token = index < end
+            tokens = index
+            if is_sparse:
+                tokens = tl.load(positions + index, mask=is_token, other=0)
+            k = _load_heads(
+                key, tokens, is_token, head // group, key_stride, key_head_stride, head_size,
+                channels_padded,
+            )  # fmt: skip
+            scores = dot(q, tl.trans(k)) * scale
+            is_seen = (index[None, :] <= last[:, None]) & is_token[None, :]
+            top, past, weights = rescale(top, tl.where(is_seen, scores, float("-inf")))
+            v = _load_heads(
+                value, tokens, is_token, head // group, value_stride, value_head_stride,
+                head_size, channels_padded,
+            )  # fmt: skip
+            total = total * past + tl.sum(weights, axis=1)
+            sums = sums * past[:, None] + dot(rounded(weights, v.dtype), v)
+        channels = tl.arange(0, channels_padded)
+        place = (rows.to(tl.int64) * tl.num_programs(1) + head) * head_size
+        tl.store(
+            out + place[:, None] + channels[None, :],
+            rounded(sums / total[:, None], out.dtype.element_ty),
+            mask=is_query[:, None] & (channels < head_size)[None, :],
+        )
 
 
-def prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `api.prefill_attention`."""
     num_queries, num_heads, head_size = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if num_queries == 0:
         return out
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -93,12 +120,15 @@ def prefill_attention(
         key,
         value,
         out,
+        positions,
+        counts,
         scale,
         num_queries,
         key.shape[0],
         *query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
+        is_sparse=positions is not None,
         group=num_heads // key.shape[1],
         head_size=head_size,
         channels_padded=padded(head_size),
@@ -106,3 +136,21 @@ def prefill_attention(
         tile_tokens=TILE_TOKENS,
     )
     return out
+
+
+def prefill_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """See `api.prefill_attention`."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return _launch(query, key, value, scale, out)
+
+
+def sparse_prefill_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """See `api.sparse_prefill_attention`; waits for nothing on the device."""
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    positions = torch.argsort(~kept, stable=True).int()
+    counts = torch.stack([kept[len(kept) - len(query) :].sum(), kept.sum()]).int()
+    return _launch(query, key, value, scale, out, positions, counts)
