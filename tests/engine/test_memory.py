@@ -101,7 +101,8 @@ def test_hits_reach_beyond_the_prompt_after_a_preemption(model, monkeypatch):
     assert list(outputs[0].outputs[0].token_ids) == expected
 
 
-def test_a_small_pool_with_lossy_settings(model):
+@pytest.mark.parametrize("reports_late", [False, True])
+def test_a_small_pool_with_lossy_settings(model, reports_late):
     """Until it is preempted, a request gets the tokens that it gets in a pool for all."""
     lossy = {**LOSSY, "high_bits": 16, "low_bits": 8}
     settings = {"max_num_batched_tokens": 4096, "dtype": "float32", "max_model_len": 384}
@@ -110,6 +111,7 @@ def test_a_small_pool_with_lossy_settings(model):
             expected = generate(llm, GROWING, GROWN)
         assert not preempted
     with zipvl_engine(model, lossy, num_gpu_blocks_override=26, **settings) as llm:
+        worker_of().reports_late = reports_late
         with preemptions(llm) as preempted, compressing(llm):
             outputs = generate(llm, GROWING, GROWN)
         assert_counted_whole(llm)

@@ -92,6 +92,19 @@ def test_tails_are_compressed_again_and_again(llm):
     assert planned[-1].end == 256
 
 
+def test_reports_that_come_a_step_later(llm, monkeypatch):
+    """As those of a GPU, which is not waited for in the step that compresses."""
+    requests = [tokens(LONG[i : i + 130]) for i in range(0, 100, 20)]
+    expected = generate(llm, requests, max_tokens=100)
+    llm.reset_prefix_cache()
+    worker = worker_of()
+    monkeypatch.setattr(worker, "reports_late", True)
+    with confirmations(llm) as confirmed:
+        assert generate(llm, requests, max_tokens=100) == expected
+    # A prompt each, and tails at 64 and more tokens.
+    assert len(confirmed) >= 2 * len(requests)
+
+
 @pytest.mark.parametrize("length", SHORT)
 def test_short_prompts_prefill_densely(llm, stock, length):
     with confirmations(llm) as confirmed:

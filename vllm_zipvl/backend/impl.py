@@ -151,5 +151,7 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         result = torch.empty_like(q)
         lse = decode_attention(q, context, decodes.rows, self.scale, result)
         out[decodes.tokens] = result
-        for i, slot in decodes.tails_due:
-            worker.note_tail_probe(layer_index, slot, q[i], lse[i], self.scale)
+        if worker.is_tail_due:
+            last = decodes.last
+            slots = decodes.rows.slots[last]
+            worker.note_tail_probes(layer_index, slots, q[last], lse[last], self.scale)

@@ -32,12 +32,12 @@ class DecodeBatch(NamedTuple):
     Attributes:
         tokens: Their places in the batch, int64 [num_queries].
         rows: Where their contexts lie.
-        tails_due: Index and slot of those whose tail is compressed after this step.
+        last: Which of them are their rows' last ones, an index.
     """
 
     tokens: torch.Tensor
     rows: DecodeRows
-    tails_due: list[tuple[int, int]]
+    last: torch.Tensor | slice
 
 
 class Batch(NamedTuple):
@@ -55,12 +55,16 @@ class ZipVLMetadata(AttentionMetadata):
         query_start_loc: int32 [num_rows + 1].
         seq_lens: int32 [num_rows], tokens of each row after this step.
         block_table: int32 [num_rows, max_blocks].
+        num_tokens: Of all rows in this step.
+        max_queries: Of any row.
         batch: The rows by kind; resolved by the first layer, when the plan is bound.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    num_tokens: int
+    max_queries: int
     batch: Batch | None = None
 
     def resolve(self, worker: ZipVLWorker, block_size: int) -> Batch:
@@ -76,6 +80,9 @@ def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> B
     last_index = (metadata.seq_lens.long() - 1).clamp(min=0) // block_size
     last_blocks = table.gather(1, last_index[:, None])
     slots = worker.slot_of_block[last_blocks[:, 0]]
+    is_uniform = metadata.max_queries == 1 and metadata.num_tokens == len(slots)
+    if is_uniform and not worker.chunk_of_block:
+        return Batch([], _single_queries(metadata, worker, slots))
     is_decode = (num_queries > 0) & (metadata.seq_lens > 0) & (slots >= 0)
     prompts = []
     for row, block_id in enumerate(last_blocks[:, 0].tolist() if worker.chunk_of_block else ()):
@@ -87,6 +94,26 @@ def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> B
             is_decode[row] = False
     rows = is_decode.nonzero()[:, 0]
     return Batch(prompts, _decode_batch(metadata, worker, rows, slots) if len(rows) else None)
+
+
+def _single_queries(
+    metadata: ZipVLMetadata, worker: ZipVLWorker, slots: torch.Tensor
+) -> DecodeBatch:
+    """A query of every row, none of which computes a prompt; waits for nothing on a GPU.
+
+    Rows that are nobody's attend to nothing.
+    """
+    assert worker.heap is not None
+    is_somebodys = (slots >= 0) & (metadata.seq_lens > 0)
+    slots = torch.where(is_somebodys, slots, worker.nobody)
+    every = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+    rows = DecodeRows(
+        slots=slots,
+        rows=every,
+        tail_starts=worker.heap.compressed_lens[slots],
+        context_lens=torch.where(is_somebodys, metadata.seq_lens, 0),
+    )
+    return DecodeBatch(every.long(), rows, slice(None))
 
 
 def _decode_batch(
@@ -107,9 +134,7 @@ def _decode_batch(
         tail_starts=worker.heap.compressed_lens[slots],
         context_lens=metadata.seq_lens[rows] - ahead,
     )
-    due = worker.slots_with_tail_due
-    tails_due = [(i, slot) for i, slot in enumerate(slots.tolist()) if slot in due] if due else []
-    return DecodeBatch(last_token - ahead, decode_rows, tails_due)
+    return DecodeBatch(last_token - ahead, decode_rows, num_queries.cumsum(0) - 1)
 
 
 class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):
@@ -137,4 +162,6 @@ class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):
             query_start_loc=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
+            num_tokens=common_attn_metadata.num_actual_tokens,
+            max_queries=common_attn_metadata.max_query_len,
         )

@@ -1,7 +1,7 @@
 """The worker's side of a step: whose rows they are, what was selected, what to compress."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,17 +16,16 @@ from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import write_pages
 
 
-@dataclass
-class TailProbe:
-    """A decode step's query and softmax denominator in one layer.
+class TailProbes(NamedTuple):
+    """The newest decode step's queries and softmax denominators in one layer, by slot.
 
     Attributes:
-        query: [num_heads, head_size].
-        lse: float32 [num_heads].
+        queries: [num_slots + 1, num_heads, head_size].
+        lse: float32 [num_slots + 1, num_heads].
         scale: Softmax scale.
     """
 
-    query: torch.Tensor
+    queries: torch.Tensor
     lse: torch.Tensor
     scale: float
 
@@ -46,7 +45,7 @@ class ZipVLWorker:
         self.heap: PageHeap | None = None
         self.plan: StepPlan | None = None
         self.chunk_of_block: dict[int, ChunkPlan] = {}
-        self.slots_with_tail_due: set[int] = set()
+        self.is_tail_due = False
         self.slot_of_block = torch.empty(0, dtype=torch.int32)
         self._num_slots = num_slots
         self._max_model_len = max_model_len
@@ -54,7 +53,7 @@ class ZipVLWorker:
         self.prompts = PromptSelector(rules, sum_over_ranks)
         self._layer_index: dict[str, int] = {}
         self._kv_caches: list[torch.Tensor] = []
-        self._tail_probes: dict[int, dict[int, TailProbe]] = {}
+        self._tail_probes: dict[int, TailProbes] = {}
         self.reports_late = False
         self._launched: dict[int, Compression] = {}
         self._launched_before: dict[int, Compression] = {}
@@ -86,7 +85,8 @@ class ZipVLWorker:
         base = first.storage_offset() * first.element_size()
         num_bytes = first.shape[0] * block_stride
         memory = raw[base : base + num_bytes].view(-1, self.geometry.page_bytes)
-        self.heap = PageHeap(memory, self.geometry, self._num_slots, self._max_model_len)
+        # One slot more, which stays empty, for rows that are nobody's.
+        self.heap = PageHeap(memory, self.geometry, self._num_slots + 1, self._max_model_len)
         self.reports_late = memory.is_cuda
         # No request ends in a block that no plan named: the null block, and those of dummy runs.
         self.slot_of_block = torch.full(
@@ -126,6 +126,11 @@ class ZipVLWorker:
             key_norms=heap.key_norms[layer],
         )
 
+    @property
+    def nobody(self) -> int:
+        """The slot that holds nothing."""
+        return self._num_slots
+
     def layer_index(self, layer_name: str) -> int:
         return self._layer_index[layer_name]
 
@@ -139,7 +144,7 @@ class ZipVLWorker:
             self.heap.reset(slot)
             self.prompts.forget(slot)
         self.chunk_of_block = {chunk.last_block_id: chunk for chunk in plan.chunks}
-        self.slots_with_tail_due = {c.slot for c in plan.compressions if not c.is_prompt}
+        self.is_tail_due = any(not compression.is_prompt for compression in plan.compressions)
         if plan.slot_of_block:
             named = torch.tensor(list(plan.slot_of_block.items()), device=self.heap.memory.device)
             self.slot_of_block[named[:, 0]] = named[:, 1].int()
@@ -147,16 +152,31 @@ class ZipVLWorker:
     def end_step(self) -> None:
         self.plan = None
         self.chunk_of_block = {}
-        self.slots_with_tail_due = set()
-        self._tail_probes = {}
+        self.is_tail_due = False
 
     # During the forward pass.
 
-    def note_tail_probe(
-        self, layer: int, slot: int, query: torch.Tensor, lse: torch.Tensor, scale: float
+    def note_tail_probes(
+        self, layer: int, slots: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, scale: float
     ) -> None:
-        """Keep a decode query that decides what of its request's tail is kept."""
-        self._tail_probes.setdefault(slot, {})[layer] = TailProbe(query.clone(), lse.clone(), scale)
+        """Keep decode queries, which decide what of their requests' tails is kept.
+
+        Args:
+            layer: Index of the layer.
+            slots: Different ones but for `nobody`, int32 [num_queries].
+            query: [num_queries, num_heads, head_size].
+            lse: float32 [num_queries, num_heads].
+            scale: Softmax scale.
+        """
+        if layer not in self._tail_probes:
+            self._tail_probes[layer] = TailProbes(
+                query.new_zeros(self._num_slots + 1, *query.shape[1:]),
+                lse.new_zeros(self._num_slots + 1, *lse.shape[1:]),
+                scale,
+            )
+        probes = self._tail_probes[layer]
+        probes.queries.index_copy_(0, slots.long(), query)
+        probes.lse.index_copy_(0, slots.long(), lse)
 
     # After the forward pass.
 
@@ -195,17 +215,16 @@ class ZipVLWorker:
         return gather_kv(kv_cache, block_ids, 0, end - plan.start)
 
     def _kept_of_tail(self, plan: CompressionPlan) -> list[torch.Tensor]:
-        probes = self._tail_probes[plan.slot]
-        return [self._kept_of_tail_layer(plan, layer, probes[layer]) for layer in self._layers()]
+        return [self._kept_of_tail_layer(plan, layer) for layer in self._layers()]
 
-    def _kept_of_tail_layer(
-        self, plan: CompressionPlan, layer: int, probe: TailProbe
-    ) -> torch.Tensor:
+    def _kept_of_tail_layer(self, plan: CompressionPlan, layer: int) -> torch.Tensor:
         """The count rule within the tail, on this step's attention over the whole context."""
         kv = self._dense_kv(plan, layer, plan.end)
         keys = kv[..., : self.geometry.head_size].float()
-        query = probe.query.float().view(self.geometry.num_kv_heads, -1, self.geometry.head_size)
-        scores = query @ keys.permute(1, 2, 0) * probe.scale
-        lse = probe.lse.view(self.geometry.num_kv_heads, -1, 1)
+        queries, lse, scale = self._tail_probes[layer]
+        heads = (self.geometry.num_kv_heads, -1)
+        query = queries[plan.slot].float().view(*heads, self.geometry.head_size)
+        scores = query @ keys.permute(1, 2, 0) * scale
+        lse = lse[plan.slot].view(*heads, 1)
         mass = self._sum_over_ranks(torch.exp(scores - lse).sum((0, 1)))
         return top_mask(mass, num_to_keep(mass, self.config))
