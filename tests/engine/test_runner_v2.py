@@ -18,8 +18,8 @@ SETTINGS = {
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 64,
 }
-REQUESTS = [words(41 * i, num) for i, num in enumerate((150, 40, 97))]
-MAX_TOKENS = 50
+REQUESTS = [words(41 * i, num) for i, num in enumerate((150, 40))]
+MAX_TOKENS = 40
 
 PROGRAM = """
 import json, sys
