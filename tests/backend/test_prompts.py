@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_zipvl.backend.prompts import PromptSelector
+from vllm_zipvl.backend.prompts import ProbeQueries, PromptSelector
 from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
@@ -79,6 +79,22 @@ def test_waiting_probes_choose_what_they_would_have_chosen_at_once(chunk_size: i
     waiting = make_selector(min_tokens=NUM_TOKENS + 1)
     at_once = make_selector(min_tokens=NUM_TOKENS)
     assert torch.equal(prompt.masks(waiting, chunk_size), prompt.masks(at_once, chunk_size))
+
+
+def test_a_last_chunk_of_one_token_chooses_as_if_selected_at_once() -> None:
+    prompt, at_once, single = Prompt(), make_selector(), make_selector()
+    expected = prompt.masks(at_once, NUM_TOKENS - 1)
+    last, select = NUM_TOKENS - 1, single.select
+
+    def select_most(layer: int, chunk: ChunkPlan, *rest: Any) -> Any:
+        return None if chunk.is_single_token else select(layer, chunk, *rest)
+
+    single.select = select_most
+    prompt.run(single, NUM_TOKENS - 1)
+    chunk = ChunkPlan("r", SLOT, 7, last, NUM_TOKENS, True, False)
+    single.take_single(chunk, (ProbeQueries(x[last:], SCALE) for x in prompt.queries))
+    masks = single.take_masks(SLOT, NUM_LAYERS, lambda layer: prompt.keys[layer])
+    assert torch.equal(torch.stack(masks), expected)
 
 
 def test_dense_prompts_are_not_probed_before_their_first_token() -> None:

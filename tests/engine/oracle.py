@@ -246,7 +246,7 @@ class Request:
     def prefill(self, tokens: torch.Tensor, is_last: bool) -> torch.Tensor:
         start, end = self.num_tokens, self.num_tokens + len(tokens)
         config = self.config
-        sparse = config.sparse_prefill and end >= config.min_tokens
+        sparse = config.sparse_prefill and end >= config.min_tokens and len(tokens) > 1
         if is_last and config.compress and self._num_compressible(end):
             self.awaiting = end
         chooses = sparse or self.awaiting is not None

@@ -75,7 +75,8 @@ CASES = {
     "chunks": Case(
         EIGHT_TO_FOUR,
         {"interval": 64, "seed": 7, "probe_random": 40, "probe_recent": 24},
-        [(40, 90), (700, 210), (1100, 8)],
+        # The last chunks of the second and of the fourth are single tokens.
+        [(40, 90), (385, 8), (700, 210), (577, 40), (1100, 8)],
         {"max_num_batched_tokens": 192},
     ),
     "chunks-at-once": Case(
@@ -129,6 +130,7 @@ class Recorder:
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self.kept: dict[str, dict[Event, torch.Tensor]] = {}
         select, choose = PromptSelector.select, PromptSelector._choose
+        take_single = PromptSelector.take_single
         kept_of_prompt = ZipVLWorker._kept_of_prompt
         kept_of_tail_layer = ZipVLWorker._kept_of_tail_layer
 
@@ -136,6 +138,10 @@ class Recorder:
             if layer == 0:
                 self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
             return select(selector, layer, chunk, *args)
+
+        def noting_single(selector, chunk, *args):
+            self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
+            return take_single(selector, chunk, *args)
 
         def noting_choose(selector, prompt, layer, *args):
             selection, chunk = choose(selector, prompt, layer, *args), prompt.chunk
@@ -154,6 +160,7 @@ class Recorder:
             return mask
 
         monkeypatch.setattr(PromptSelector, "select", noting_select)
+        monkeypatch.setattr(PromptSelector, "take_single", noting_single)
         monkeypatch.setattr(PromptSelector, "_choose", noting_choose)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_prompt", noting_kept_of_prompt)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_tail_layer", noting_kept_of_tail_layer)

@@ -87,7 +87,9 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         assert self.worker is not None
-        self.worker.register(kv_caches)
+        layers = self._vllm_config.compilation_config.static_forward_context
+        probes = [layers[name].impl.tail_probes for name in kv_caches]
+        self.worker.register(kv_caches, [found for found in probes if found is not None])
         started = time.monotonic()
         self.worker.warm_up()
         seconds = time.monotonic() - started

@@ -3,26 +3,29 @@
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_zipvl.backend.connector import ZipVLConnector
 from vllm_zipvl.backend.metadata import DecodeBatch, PromptRow, ZipVLMetadata
 from vllm_zipvl.backend.requirements import check_layer
+from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
+from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 
 
 def _worker() -> ZipVLWorker | None:
-    """This rank's worker while a step is planned; None in dummy, profiling and warm-up runs."""
+    """This rank's worker; None before it has memory, as in profiling runs."""
     if not has_kv_transfer_group():
         return None
     connector = get_kv_transfer_group()
     assert isinstance(connector, ZipVLConnector)
     worker = connector.worker
-    return worker if worker is not None and worker.plan is not None else None
+    return worker if worker is not None and worker.heap is not None else None
 
 
 class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
@@ -60,6 +63,12 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        vllm_config = get_current_vllm_config()
+        config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
+        self.tail_probes: TailProbes | None = None
+        if config.compress:
+            num_slots = vllm_config.scheduler_config.max_num_seqs
+            self.tail_probes = TailProbes(num_slots, num_heads, head_size, self.scale)
 
     def do_kv_cache_update(
         self,
@@ -104,8 +113,11 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         worker = _worker()
         if attn_metadata is None or worker is None:
             return output.zero_()
+        if worker.plan is None and attn_metadata.max_queries > 1:
+            # A warm-up on no request. One of single queries may be the capture of a CUDA graph.
+            return output.zero_()
         layer_index = worker.layer_index(layer.layer_name)
-        batch = attn_metadata.resolve(worker, kv_cache.shape[2])
+        batch = attn_metadata.resolve(worker, layer_index, kv_cache.shape[2])
         out = output.view(-1, self.num_heads, self.head_size)
         for row in batch.prompts:
             self._attend_prompt(worker, layer_index, row, query, key, value, kv_cache, out)
@@ -151,7 +163,6 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         result = torch.empty_like(q)
         lse = decode_attention(q, context, decodes.rows, self.scale, result)
         out[decodes.tokens] = result
-        if worker.is_tail_due:
+        if self.tail_probes is not None and worker.notes_queries:
             last = decodes.last
-            slots = decodes.rows.slots[last]
-            worker.note_tail_probes(layer_index, slots, q[last], lse[last], self.scale)
+            self.tail_probes.note(decodes.rows.slots[last], q[last], lse[last])

@@ -67,9 +67,12 @@ class ZipVLMetadata(AttentionMetadata):
     max_queries: int
     batch: Batch | None = None
 
-    def resolve(self, worker: ZipVLWorker, block_size: int) -> Batch:
-        """The rows by kind; rows that end in a block that no plan named are left out."""
-        if self.batch is None:
+    def resolve(self, worker: ZipVLWorker, layer_index: int, block_size: int) -> Batch:
+        """The rows by kind; rows that end in a block that no plan named are left out.
+
+        The first layer does it anew: what is captured of one run must not come from another.
+        """
+        if self.batch is None or layer_index == 0:
             self.batch = _resolve(self, worker, block_size)
         return self.batch
 
@@ -140,7 +143,7 @@ def _decode_batch(
 class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):
     """Builds one `ZipVLMetadata` per step."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,

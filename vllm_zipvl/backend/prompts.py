@@ -1,6 +1,6 @@
 """Choosing the tokens of a prompt, chunk by chunk and layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -116,6 +116,18 @@ class PromptSelector:
         if is_compressed:
             prompt.selections[layer] = selection
         return selection
+
+    def take_single(self, chunk: ChunkPlan, queries: Iterable[ProbeQueries]) -> None:
+        """As `select`, after the fact, for a chunk of one token.
+
+        Args:
+            chunk: Its plan.
+            queries: The token's, one of each layer.
+        """
+        if self._is_compressed_after(chunk):
+            prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
+            prompt.chunk, prompt.num_visible = chunk, None
+            prompt.waiting = dict(enumerate(queries))
 
     def _choose(
         self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor

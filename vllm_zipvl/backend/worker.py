@@ -1,11 +1,11 @@
 """The worker's side of a step: whose rows they are, what was selected, what to compress."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from vllm_zipvl.backend.prompts import PromptSelector
+from vllm_zipvl.backend.prompts import ProbeQueries, PromptSelector
+from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.cache.compression import Compression, compress
 from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan, StepReport
@@ -14,20 +14,6 @@ from vllm_zipvl.core.selection import num_to_keep, top_mask
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import write_pages
-
-
-class TailProbes(NamedTuple):
-    """The newest decode step's queries and softmax denominators in one layer, by slot.
-
-    Attributes:
-        queries: [num_slots + 1, num_heads, head_size].
-        lse: float32 [num_slots + 1, num_heads].
-        scale: Softmax scale.
-    """
-
-    queries: torch.Tensor
-    lse: torch.Tensor
-    scale: float
 
 
 class ZipVLWorker:
@@ -45,7 +31,7 @@ class ZipVLWorker:
         self.heap: PageHeap | None = None
         self.plan: StepPlan | None = None
         self.chunk_of_block: dict[int, ChunkPlan] = {}
-        self.is_tail_due = False
+        self.notes_queries = True
         self.slot_of_block = torch.empty(0, dtype=torch.int32)
         self._num_slots = num_slots
         self._max_model_len = max_model_len
@@ -53,13 +39,19 @@ class ZipVLWorker:
         self.prompts = PromptSelector(rules, sum_over_ranks)
         self._layer_index: dict[str, int] = {}
         self._kv_caches: list[torch.Tensor] = []
-        self._tail_probes: dict[int, TailProbes] = {}
+        self._tail_probes: Sequence[TailProbes] = ()
         self.reports_late = False
         self._launched: dict[int, Compression] = {}
         self._launched_before: dict[int, Compression] = {}
 
-    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def register(
+        self, kv_caches: dict[str, torch.Tensor], tail_probes: Sequence[TailProbes]
+    ) -> None:
         """Take over the KV cache that vLLM allocated.
+
+        Args:
+            kv_caches: Blocks by layer.
+            tail_probes: Of the same layers; none where nothing is compressed.
 
         Raises:
             RuntimeError: A second engine of this process comes along: vLLM has one connector, and
@@ -73,6 +65,7 @@ class ZipVLWorker:
             )
         self._layer_index = {name: i for i, name in enumerate(kv_caches)}
         self._kv_caches = list(kv_caches.values())
+        self._tail_probes = tail_probes
         first = min(self._kv_caches, key=torch.Tensor.storage_offset)
         block_stride = first.stride(0) * first.element_size()
         if block_stride != self.geometry.block_bytes or len(kv_caches) != self.geometry.num_layers:
@@ -143,8 +136,10 @@ class ZipVLWorker:
         for slot in plan.new_slots:
             self.heap.reset(slot)
             self.prompts.forget(slot)
-        self.chunk_of_block = {chunk.last_block_id: chunk for chunk in plan.chunks}
-        self.is_tail_due = any(not compression.is_prompt for compression in plan.compressions)
+        many = [chunk for chunk in plan.chunks if not chunk.is_single_token]
+        self.chunk_of_block = {chunk.last_block_id: chunk for chunk in many}
+        is_tail_due = any(not compression.is_prompt for compression in plan.compressions)
+        self.notes_queries = is_tail_due or len(many) < len(plan.chunks)
         if plan.slot_of_block:
             named = torch.tensor(list(plan.slot_of_block.items()), device=self.heap.memory.device)
             self.slot_of_block[named[:, 0]] = named[:, 1].int()
@@ -152,31 +147,8 @@ class ZipVLWorker:
     def end_step(self) -> None:
         self.plan = None
         self.chunk_of_block = {}
-        self.is_tail_due = False
-
-    # During the forward pass.
-
-    def note_tail_probes(
-        self, layer: int, slots: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, scale: float
-    ) -> None:
-        """Keep decode queries, which decide what of their requests' tails is kept.
-
-        Args:
-            layer: Index of the layer.
-            slots: Different ones but for `nobody`, int32 [num_queries].
-            query: [num_queries, num_heads, head_size].
-            lse: float32 [num_queries, num_heads].
-            scale: Softmax scale.
-        """
-        if layer not in self._tail_probes:
-            self._tail_probes[layer] = TailProbes(
-                query.new_zeros(self._num_slots + 1, *query.shape[1:]),
-                lse.new_zeros(self._num_slots + 1, *lse.shape[1:]),
-                scale,
-            )
-        probes = self._tail_probes[layer]
-        probes.queries.index_copy_(0, slots.long(), query)
-        probes.lse.index_copy_(0, slots.long(), lse)
+        # A CUDA graph that is captured between steps does what any step may need.
+        self.notes_queries = True
 
     # After the forward pass.
 
@@ -184,6 +156,8 @@ class ZipVLWorker:
         """Run the step's compressions."""
         assert self.plan is not None and self.heap is not None
         for chunk in self.plan.chunks:
+            if chunk.is_single_token:
+                self.prompts.take_single(chunk, self._queries_of(chunk.slot))
             self.prompts.finish_chunk(chunk)
         for plan in self.plan.compressions:
             kept = self._kept_of_prompt(plan) if plan.is_prompt else self._kept_of_tail(plan)
@@ -197,6 +171,11 @@ class ZipVLWorker:
             self._launched = {}
         self._launched_before = {}
         return StepReport({plan_id: launched.report() for plan_id, launched in done.items()})
+
+    def _queries_of(self, slot: int) -> Iterator[ProbeQueries]:
+        """The newest query of each layer."""
+        for probes in self._tail_probes:
+            yield ProbeQueries(probes.queries[slot, None].clone(), probes.scale)
 
     def _layers(self) -> Iterable[int]:
         return range(self.geometry.num_layers)
@@ -219,12 +198,6 @@ class ZipVLWorker:
 
     def _kept_of_tail_layer(self, plan: CompressionPlan, layer: int) -> torch.Tensor:
         """The count rule within the tail, on this step's attention over the whole context."""
-        kv = self._dense_kv(plan, layer, plan.end)
-        keys = kv[..., : self.geometry.head_size].float()
-        queries, lse, scale = self._tail_probes[layer]
-        heads = (self.geometry.num_kv_heads, -1)
-        query = queries[plan.slot].float().view(*heads, self.geometry.head_size)
-        scores = query @ keys.permute(1, 2, 0) * scale
-        lse = lse[plan.slot].view(*heads, 1)
-        mass = self._sum_over_ranks(torch.exp(scores - lse).sum((0, 1)))
+        keys = self._dense_kv(plan, layer, plan.end)[..., : self.geometry.head_size]
+        mass = self._sum_over_ranks(self._tail_probes[layer].mass(plan.slot, keys))
         return top_mask(mass, num_to_keep(mass, self.config))

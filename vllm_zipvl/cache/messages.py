@@ -32,6 +32,14 @@ class ChunkPlan:
     ends_prompt: bool
     attends_densely: bool
 
+    @property
+    def is_single_token(self) -> bool:
+        """Whether it attends to all of its context, as the queries of decode steps do.
+
+        vLLM replays the CUDA graph of decode steps for it.
+        """
+        return self.end - self.start == 1
+
 
 @dataclass(slots=True)
 class CompressionPlan:
