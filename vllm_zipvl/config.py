@@ -8,6 +8,7 @@ from typing import Any
 HIGH_BITS = (16, 8, 4)
 LOW_BITS = (16, 8, 4, 2, 0)
 PREFIX_SHARING = ("approximate", "exact")
+PREFILL_KERNELS = ("auto", "flash_attn", "xformers", "sdpa", "triton")
 KEY = "zipvl"
 
 
@@ -33,6 +34,8 @@ class ZipVLConfig:
         compress: Whether the cache is compressed after the prompt and during decode.
         prefix_sharing: "approximate" lets other requests reuse blocks computed by sparse
             prefill; "exact" keeps such blocks out of the prefix cache.
+        prefill_kernel: What computes prefill attention; "auto" is the first of them that runs, and
+            on a CPU vLLM's own kernel.
 
     Raises:
         ValueError: A value is of the wrong type, out of range or inconsistent. The message
@@ -53,6 +56,7 @@ class ZipVLConfig:
     sparse_prefill: bool = True
     compress: bool = True
     prefix_sharing: str = "approximate"
+    prefill_kernel: str = "auto"
 
     def __post_init__(self) -> None:
         self._check_share("tau", self.tau)
@@ -76,6 +80,7 @@ class ZipVLConfig:
         if not (self.sparse_prefill or self.compress):
             self._fail("compress", False, "true where zipvl.sparse_prefill is false")
         self._check_choice("prefix_sharing", self.prefix_sharing, PREFIX_SHARING)
+        self._check_choice("prefill_kernel", self.prefill_kernel, PREFILL_KERNELS)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "ZipVLConfig":

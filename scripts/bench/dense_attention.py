@@ -1,7 +1,6 @@
 """The best dense attention at hand on a GPU: vLLM's FlashAttention 3 or 2, else torch's own."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,18 +8,10 @@ import torch.nn.functional as F
 from attention_cases import Layer, randn
 
 from vllm_zipvl.core.geometry import cdiv
+from vllm_zipvl.ops.prefill_attention.flash_attn import find_varlen
 
 PAGE = 16
 """Tokens of a block of the paged cache that FlashAttention decodes from."""
-
-
-def _flash_version() -> int | None:
-    """Of vLLM's bundled FlashAttention; None without it."""
-    if not torch.cuda.is_available() or find_spec("vllm") is None:
-        return None
-    from vllm.vllm_flash_attn import is_fa_version_supported
-
-    return next((version for version in (3, 2) if is_fa_version_supported(version)), None)
 
 
 class DenseAttention:
@@ -31,22 +22,21 @@ class DenseAttention:
     """
 
     def __init__(self, layer: Layer) -> None:
-        self.layer, self.version = layer, _flash_version()
-        self.name = f"FA{self.version}" if self.version else "torch SDPA"
+        found = find_varlen()
+        # The flash-attn package's function does not take a paged cache.
+        self.layer, self.flash = layer, found if found and found.version else None
+        self.name = f"FA{self.flash.version}" if self.flash else "torch SDPA"
 
     def _flash(self, **arguments: Any) -> torch.Tensor:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(
-            softmax_scale=self.layer.scale, causal=True, fa_version=self.version, **arguments
-        )
+        assert self.flash is not None
+        return self.flash.function(softmax_scale=self.layer.scale, causal=True, **arguments)
 
     def prefill(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> Callable[[], torch.Tensor]:
         """Causal attention of a whole prompt [num_tokens, heads, head_size]."""
         num_tokens = len(query)
-        if self.version is None:
+        if self.flash is None:
             q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
             options = {"is_causal": True, "enable_gqa": True, "scale": self.layer.scale}
             return lambda: F.scaled_dot_product_attention(q, k, v, **options)
@@ -59,7 +49,7 @@ class DenseAttention:
     def decode(self, query: torch.Tensor, num_tokens: int) -> Callable[[], torch.Tensor]:
         """One query per row over random keys and values, `num_tokens` each."""
         layer, num_rows = self.layer, len(query)
-        if self.version is None:
+        if self.flash is None:
             q = query[:, :, None]
             k, v = randn(2, num_rows, layer.num_kv_heads, num_tokens, layer.head_size)
             options = {"enable_gqa": True, "scale": layer.scale}

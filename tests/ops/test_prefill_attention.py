@@ -7,9 +7,13 @@ from kernels import DEVICE, IN_TRITON, INTERPRETED, name_of, numba_only
 from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import (
     cpu,
+    find_kernel,
+    flash_attn,
     prefill_attention,
     reference,
+    sdpa,
     sparse_prefill_attention,
+    xformers,
 )
 
 if not IN_TRITON:
@@ -17,8 +21,14 @@ if not IN_TRITON:
 
 LONG = 200 if INTERPRETED else 1000
 SHAPES = [(1, 1), (63, 63), (111, 111), (LONG, LONG), (1, 111), (63, LONG), (LONG - 63, LONG)]
+SPARSE_SHAPES = [(1, 1), (63, 63), (20, 111), (1, 111), (LONG, LONG)]
 kernel = triton_module("vllm_zipvl.ops.prefill_attention.triton", DEVICE) or cpu
-BOTH = pytest.mark.parametrize("implementation", [kernel, reference], ids=name_of)
+LIBRARIES = [
+    library
+    for library in (flash_attn, xformers, sdpa)
+    if library.why_not(DEVICE, torch.bfloat16, 64) is None
+]
+EACH = pytest.mark.parametrize("implementation", [kernel, reference, *LIBRARIES], ids=name_of)
 
 
 def eager(
@@ -39,6 +49,8 @@ def check(
     implementation: ModuleType, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> None:
     dtype = query.dtype
+    if implementation in LIBRARIES and (why := implementation.why_not(DEVICE, dtype, 64)):
+        pytest.skip(why)
     out = implementation.prefill_attention(query, key, value, query.shape[-1] ** -0.5)
     assert out.dtype == dtype
     exact = eager(query, key, value, torch.float64, torch.float64)
@@ -47,7 +59,7 @@ def check(
     assert (out.double() - exact).abs().max() <= 3 * (same - exact).abs().max() + eps
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)] if INTERPRETED else [(28, 4), (8, 8)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,7 +70,7 @@ def test_matches_fp64(shape, heads, dtype, implementation) -> None:  # type: ign
     check(implementation, query, key, value)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 def test_slices_of_a_fused_projection(
@@ -70,7 +82,7 @@ def test_slices_of_a_fused_projection(
     check(implementation, query[-63:], key, value)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     kv = torch.randn(num_tokens, 2, 64)
@@ -78,21 +90,57 @@ def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     assert out.shape == (0, 4, 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (63, 63), (20, 111), (1, 111), (LONG, LONG)], ids=str)
-def test_kept_tokens_attend_among_themselves(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def check_kept(shape: tuple[int, int], dtype: torch.dtype, choice: str = "auto") -> None:
     torch.manual_seed(sum(shape))
     query = torch.randn(shape[0], 6, 64).to(dtype)
     key, value = torch.randn(2, shape[1], 2, 64).to(dtype)
     for share in (0.0, 0.4, 1.0):
         kept = torch.rand(shape[1]) < share
         kept[-1] = True
-        out = sparse_prefill_attention(query, key, value, kept, 0.125)
+        out = sparse_prefill_attention(query, key, value, kept, 0.125, choice)
         own = kept[shape[1] - shape[0] :]
         expected = reference.prefill_attention(query[own], key[kept], value[kept], 0.125)
         assert not out[~own].any()
         error = (out[own].float() - expected.float()).abs().max()
         assert error <= 4 * torch.finfo(dtype).eps * value.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SPARSE_SHAPES, ids=str)
+def test_kept_tokens_attend_among_themselves(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_kept(shape, dtype)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=name_of)
+@pytest.mark.parametrize("shape", SPARSE_SHAPES, ids=str)
+def test_libraries_attend_among_kept_tokens(shape: tuple[int, int], library: ModuleType) -> None:
+    check_kept(shape, torch.bfloat16, name_of(library))
+
+
+def varlen(  # type: ignore[no-untyped-def]
+    query, key, value, *, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **bounds
+) -> torch.Tensor:
+    """What FlashAttention does with one sequence: rows past its ends are left as they were."""
+    assert causal and bounds == {"max_seqlen_q": len(query), "max_seqlen_k": len(key)}
+    (first, m), (start, n) = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert first == start == 0
+    out = torch.full_like(query, torch.nan)
+    out[:m] = reference.prefill_attention(query[:m], key[:n], value[:n], softmax_scale)
+    return out
+
+
+@numba_only
+@pytest.mark.parametrize("shape", SPARSE_SHAPES, ids=str)
+def test_what_flash_attention_is_asked(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = flash_attn.VarlenAttention(varlen, None)
+    monkeypatch.setattr(flash_attn, "find_varlen", lambda: found)
+    monkeypatch.setattr(flash_attn, "why_not", lambda *what: None)
+    check_kept(shape, torch.bfloat16, "flash_attn")
+    query, key = torch.randn(shape[0], 6, 64), torch.randn(shape[1], 2, 64)
+    expected = reference.prefill_attention(query, key, key, 0.125)
+    assert torch.equal(prefill_attention(query, key, key, 0.125, "flash_attn"), expected)
 
 
 def test_no_query_is_kept() -> None:
@@ -103,12 +151,24 @@ def test_no_query_is_kept() -> None:
 
 @numba_only
 def test_what_the_kernel_lacks_uses_the_reference() -> None:
-    assert cpu.is_available(torch.empty(1, 4, 64))
-    assert not cpu.is_available(torch.empty(1, 4, 48))
-    assert not cpu.is_available(torch.empty(1, 4, 64).double())
+    assert find_kernel("auto", "cpu", torch.float32, 64) == "cpu"
+    assert find_kernel("auto", "cpu", torch.float32, 48) == "reference"
+    assert find_kernel("auto", "cpu", torch.float64, 64) == "reference"
     query, kv = torch.randn(5, 4, 48), torch.randn(2, 9, 2, 48)
     expected = reference.prefill_attention(query, kv[0], kv[1], 0.2)
     assert torch.equal(prefill_attention(query, kv[0], kv[1], 0.2), expected)
+
+
+@numba_only
+def test_a_kernel_that_does_not_run_here_says_why() -> None:
+    kv = torch.randn(5, 2, 64)
+    for name, why in (
+        ("flash_attn", "it runs on CUDA devices, not on cpu; choose auto"),
+        ("xformers", "it runs on CUDA devices, not on cpu; choose auto"),
+        ("triton", "Triton does not run on cpu; choose auto"),
+    ):
+        with pytest.raises(ValueError, match=f"prefill kernel {name}: {why}"):
+            prefill_attention(kv, kv, kv, 1.0, name)
 
 
 def test_heads_must_share_kv_heads_evenly() -> None:

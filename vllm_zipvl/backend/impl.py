@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_zipvl.backend.connector import ZipVLConnector
@@ -15,7 +17,13 @@ from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
-from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
+from vllm_zipvl.ops.prefill_attention import (
+    find_kernel,
+    prefill_attention,
+    sparse_prefill_attention,
+)
+
+logger = init_logger("vllm.zipvl")
 
 
 def _worker() -> ZipVLWorker | None:
@@ -69,6 +77,13 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         if config.compress:
             num_slots = vllm_config.scheduler_config.max_num_seqs
             self.tail_probes = TailProbes(num_slots, num_heads, head_size, self.scale)
+        self.prefill_kernel = find_kernel(
+            config.prefill_kernel,
+            current_platform.device_type,
+            vllm_config.model_config.dtype,
+            head_size,
+        )
+        logger.info_once("zipvl: prefill attention by %s", self.prefill_kernel)
 
     def do_kv_cache_update(
         self,
@@ -145,9 +160,10 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         selection = worker.prompts.select(layer_index, chunk, q, k, self.scale)
         is_sparse = selection is not None and worker.prompts.attends_sparsely(chunk)
         if selection is None or not is_sparse:
-            out[tokens] = prefill_attention(q, k, v, self.scale)
+            out[tokens] = prefill_attention(q, k, v, self.scale, self.prefill_kernel)
         else:
-            out[tokens] = sparse_prefill_attention(q, k, v, selection.kept, self.scale)
+            kept, kernel = selection.kept, self.prefill_kernel
+            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, kernel)
 
     def _attend_decodes(
         self,

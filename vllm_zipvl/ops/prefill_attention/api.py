@@ -5,15 +5,55 @@ from types import ModuleType
 import torch
 
 from vllm_zipvl.ops.lazy import triton_module
-from vllm_zipvl.ops.prefill_attention import cpu, reference
+from vllm_zipvl.ops.prefill_attention import cpu, flash_attn, reference, sdpa, xformers
+
+AUTO = "auto"
+_IN_ORDER = ("flash_attn", "xformers", "triton", "cpu", "reference")
+"""What `auto` takes: the first that runs."""
+_MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (flash_attn, xformers, cpu, sdpa, reference)
+}
 
 
-def _triton(query: torch.Tensor) -> ModuleType | None:
-    return triton_module("vllm_zipvl.ops.prefill_attention.triton", query.device.type)
+def find_kernel(choice: str, device: str, dtype: torch.dtype, head_size: int) -> str:
+    """The name of the kernel that a choice comes down to.
+
+    Args:
+        choice: "auto", or a kernel's name.
+        device: A device type.
+        dtype: Of queries, keys and values.
+        head_size: Of queries, keys and values.
+
+    Raises:
+        ValueError: The kernel does not run here; the message says why.
+    """
+    if choice != AUTO:
+        if reason := _why_not(choice, device, dtype, head_size):
+            raise ValueError(f"prefill kernel {choice}: {reason}; choose {AUTO}")
+        return choice
+    return next(name for name in _IN_ORDER if not _why_not(name, device, dtype, head_size))
 
 
-def _implementation(query: torch.Tensor) -> ModuleType:
-    return _triton(query) or (cpu if cpu.is_available(query) else reference)
+def _why_not(name: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
+    if name == "triton":
+        return None if _module(name, device) else f"Triton does not run on {device}"
+    if name == "reference":
+        return None
+    return _MODULES[name].why_not(device, dtype, head_size)
+
+
+def _module(name: str, device: str) -> ModuleType | None:
+    if name == "triton":
+        return triton_module("vllm_zipvl.ops.prefill_attention.triton", device)
+    return _MODULES[name]
+
+
+def _kernel(choice: str, query: torch.Tensor) -> ModuleType:
+    device = query.device.type
+    module = _module(find_kernel(choice, device, query.dtype, query.shape[-1]), device)
+    assert module is not None
+    return module
 
 
 def _check(query: torch.Tensor, key: torch.Tensor) -> None:
@@ -26,7 +66,11 @@ def _check(query: torch.Tensor, key: torch.Tensor) -> None:
 
 
 def prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    kernel: str = AUTO,
 ) -> torch.Tensor:
     """Causal attention in which the queries are the last tokens of the keys.
 
@@ -38,19 +82,26 @@ def prefill_attention(
         key: [num_tokens, num_kv_heads, head_size], num_tokens at least num_queries.
         value: As `key`.
         scale: Softmax scale.
+        kernel: "auto" or one of those that `find_kernel` knows.
 
     Returns:
         [num_queries, num_heads, head_size] in the dtype of `query`; sums are float32.
 
     Raises:
-        ValueError: There are more queries than keys, or heads are not a multiple of KV heads.
+        ValueError: There are more queries than keys, heads are not a multiple of KV heads, or the
+            kernel does not run here.
     """
     _check(query, key)
-    return _implementation(query).prefill_attention(query, key, value, scale)
+    return _kernel(kernel, query).prefill_attention(query, key, value, scale)
 
 
 def sparse_prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: torch.Tensor,
+    scale: float,
+    kernel: str = AUTO,
 ) -> torch.Tensor:
     """Causal attention among the kept tokens; the other queries give zeros.
 
@@ -60,6 +111,7 @@ def sparse_prefill_attention(
         value: As `key`.
         kept: Bool mask [num_tokens].
         scale: Softmax scale.
+        kernel: As for `prefill_attention`.
 
     Returns:
         As `prefill_attention`.
@@ -68,13 +120,13 @@ def sparse_prefill_attention(
         ValueError: As `prefill_attention`.
     """
     _check(query, key)
-    in_triton = _triton(query)
-    if in_triton is not None:
-        return in_triton.sparse_prefill_attention(query, key, value, kept, scale)
+    module = _kernel(kernel, query)
+    if hasattr(module, "sparse_prefill_attention"):
+        return module.sparse_prefill_attention(query, key, value, kept, scale)
     if bool(kept.all()):
-        return prefill_attention(query, key, value, scale)
+        return module.prefill_attention(query, key, value, scale)
     tokens = kept.nonzero().flatten()
     queries = kept[len(key) - len(query) :].nonzero().flatten()
     out = torch.zeros_like(query)
-    out[queries] = prefill_attention(query[queries], key[tokens], value[tokens], scale)
+    out[queries] = module.prefill_attention(query[queries], key[tokens], value[tokens], scale)
     return out

@@ -16,15 +16,15 @@ _OPS = ("cpu_attn_reshape_and_cache", "get_scheduler_metadata", "cpu_attention_w
 _X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def is_available(query: torch.Tensor) -> bool:
-    """Whether the kernel is loaded and takes this device, dtype and head size."""
-    return (
-        _X86
-        and query.device.type == "cpu"
-        and query.dtype in DTYPES
-        and query.shape[-1] in HEAD_SIZES
-        and all(hasattr(torch.ops._C, name) for name in _OPS)
-    )
+def why_not(device: str, dtype: torch.dtype, head_size: int) -> str | None:
+    """What keeps this kernel from running, on devices of a type and queries of a dtype and size."""
+    if not (_X86 and device == "cpu"):
+        return "it runs on x86-64 CPUs"
+    if dtype not in DTYPES or head_size not in HEAD_SIZES:
+        return f"it takes none of {dtype} and head size {head_size}"
+    if not all(hasattr(torch.ops._C, name) for name in _OPS):
+        return "vLLM's CPU build has not loaded it"
+    return None
 
 
 def _isa(dtype: torch.dtype) -> str:
