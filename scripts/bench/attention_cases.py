@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_zipvl.cache.heap import PageHeap
+from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 from vllm_zipvl.core.probes import num_visible_probes, probe_positions
@@ -131,7 +131,7 @@ def decode_case(
     tail = cdiv(num_tokens - end, block_size)
     num_pages = blocks.numel() * geometry.pages_per_block
     memory = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
-    heap = PageHeap(memory, geometry, num_rows, num_tokens)
+    heap = PageHeap(memory, geometry, HeapTables(geometry, num_rows, num_tokens))
     block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)
     for i in range(num_rows):
         prompt = randn(end // block_size, layer.num_kv_heads, block_size, 2 * layer.head_size)

@@ -24,7 +24,7 @@ from attention_rows import row
 from stock_attention import BLOCK_SIZE, StockAttention
 
 from vllm_zipvl.cache.compression import compress
-from vllm_zipvl.cache.heap import PageHeap
+from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan
 from vllm_zipvl.core.geometry import cdiv, num_compressible
 from vllm_zipvl.core.quantization import key_norm
@@ -116,7 +116,7 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
     kept = torch.rand(end) < COMPRESS_KEPT
     num_blocks = geometry.num_blocks(geometry.max_new_pages(end, int(kept.sum())))
     memory = torch.zeros(num_blocks * geometry.pages_per_block, geometry.page_bytes).byte()
-    heap = PageHeap(memory, geometry, 1, num_tokens)
+    heap = PageHeap(memory, geometry, HeapTables(geometry, 1, num_tokens))
     kv_cache = randn(end // BLOCK_SIZE, num_kv_heads, BLOCK_SIZE, 2 * LAYER.head_size)
     plan = CompressionPlan(
         plan_id=0,

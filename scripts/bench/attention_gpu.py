@@ -23,7 +23,7 @@ from attention_cases import (
 from attention_rows import row
 from dense_attention import DenseAttention
 
-from vllm_zipvl.cache.heap import PageHeap
+from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.core.geometry import cdiv
 from vllm_zipvl.ops.decode_attention import decode_attention
 
@@ -117,7 +117,7 @@ def compress_row(name: str, layer: Layer, is_dry: bool) -> dict[str, Any]:
     memory = torch.zeros(
         num_blocks * geometry.pages_per_block, geometry.page_bytes, dtype=torch.uint8
     )
-    heap = PageHeap(memory, geometry, 1, num_tokens)
+    heap = PageHeap(memory, geometry, HeapTables(geometry, 1, num_tokens))
     num_dense = num_tokens // layer.block_size
     cache = randn(num_dense, layer.num_kv_heads, layer.block_size, 2 * layer.head_size)
     block_ids = torch.randperm(num_dense)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_cursor import PageCursor
 
-from vllm_zipvl.cache.heap import PageHeap
+from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, normalise_keys
 from vllm_zipvl.ops.page_codec import PageTables, read_pages, write_pages, write_tokens
@@ -35,7 +35,7 @@ def make_geometry(high_bits: int = 4, low_bits: int = 2) -> PageGeometry:
 def make_heap(geometry: PageGeometry) -> PageHeap:
     num_pages = (max(BLOCK_IDS) + 1) * geometry.pages_per_block
     memory = torch.full((num_pages, geometry.page_bytes), 0xA5, dtype=torch.uint8)
-    return PageHeap(memory, geometry, NUM_SLOTS, MAX_MODEL_LEN)
+    return PageHeap(memory, geometry, HeapTables(geometry, NUM_SLOTS, MAX_MODEL_LEN))
 
 
 def make_kv(geometry: PageGeometry, num_tokens: int, seed: int = 0) -> torch.Tensor:

@@ -72,12 +72,7 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
             (group,) = kv_cache_config.kv_cache_groups
             spec = group.kv_cache_spec
             assert isinstance(spec, ZipVLSpec)
-            self.worker = ZipVLWorker(
-                CacheRules.of(spec, vllm_config),
-                vllm_config.scheduler_config.max_num_seqs,
-                vllm_config.model_config.max_model_len,
-                _sum_over_ranks,
-            )
+            self.worker = ZipVLWorker(CacheRules.of(spec, vllm_config), _sum_over_ranks)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -88,8 +83,9 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         assert self.worker is not None
         layers = self._vllm_config.compilation_config.static_forward_context
-        probes = [layers[name].impl.tail_probes for name in kv_caches]
-        self.worker.register(kv_caches, [found for found in probes if found is not None])
+        impls = [layers[name].impl for name in kv_caches]
+        tail_probes = [impl.tail_probes for impl in impls if impl.tail_probes is not None]
+        self.worker.register(kv_caches, impls[0].tables, tail_probes)
         started = time.monotonic()
         self.worker.warm_up()
         seconds = time.monotonic() - started

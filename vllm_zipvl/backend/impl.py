@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -14,7 +14,10 @@ from vllm_zipvl.backend.metadata import DecodeBatch, PromptRow, ZipVLMetadata
 from vllm_zipvl.backend.requirements import check_layer
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
+from vllm_zipvl.cache.heap import HeapTables
+from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.core.geometry import PAGE_TOKENS
 from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import (
@@ -34,6 +37,20 @@ def _worker() -> ZipVLWorker | None:
     assert isinstance(connector, ZipVLConnector)
     worker = connector.worker
     return worker if worker is not None and worker.heap is not None else None
+
+
+def _tables(vllm_config: VllmConfig, num_kv_heads: int, head_size: int) -> HeapTables:
+    """The engine's one set of tables, made with the first of its layers."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, ZipVLAttentionImpl):
+            return impl.tables
+    model = vllm_config.model_config
+    # The tables do not depend on the size of a block, which may not be known yet.
+    rules = CacheRules.of_layers(vllm_config, num_kv_heads, head_size, PAGE_TOKENS, model.dtype)
+    num_slots = vllm_config.scheduler_config.max_num_seqs
+    max_tokens = model.max_model_len if rules.config.compress else 0
+    return HeapTables(rules.geometry, num_slots + 1, max_tokens)
 
 
 class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
@@ -73,9 +90,10 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         vllm_config = get_current_vllm_config()
         config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
+        num_slots = vllm_config.scheduler_config.max_num_seqs
+        self.tables = _tables(vllm_config, self.num_kv_heads, head_size)
         self.tail_probes: TailProbes | None = None
         if config.compress:
-            num_slots = vllm_config.scheduler_config.max_num_seqs
             self.tail_probes = TailProbes(num_slots, num_heads, head_size, self.scale)
         self.prefill_kernel = find_kernel(
             config.prefill_kernel,

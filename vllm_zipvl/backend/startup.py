@@ -2,11 +2,11 @@
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.utils.torch_utils import get_dtype_size
 
 from vllm_zipvl.backend.requirements import check_supported
+from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
+from vllm_zipvl.core.geometry import UNQUANTISED
 
 logger = init_logger("vllm.zipvl")
 
@@ -30,15 +30,12 @@ def announce(vllm_config: VllmConfig, config: ZipVLConfig) -> None:
 def describe(vllm_config: VllmConfig, config: ZipVLConfig) -> str:
     """One line: what decides, at which bits, and what a token costs against 16 bit."""
     model = vllm_config.model_config
-    geometry = PageGeometry(
-        num_layers=model.get_num_layers(vllm_config.parallel_config),
-        num_kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
-        head_size=model.get_head_size(),
-        itemsize=get_dtype_size(model.dtype),
-        block_size=vllm_config.cache_config.block_size,
-        high_bits=config.high_bits,
-        low_bits=config.low_bits,
+    num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    block_size = vllm_config.cache_config.block_size
+    rules = CacheRules.of_layers(
+        vllm_config, num_kv_heads, model.get_head_size(), block_size, model.dtype
     )
+    geometry = rules.geometry
     rule = f"ratio {config.ratio}" if config.ratio is not None else f"tau {config.tau}"
     prefill = (
         f"sparse prefill from {config.min_tokens} tokens"

@@ -7,7 +7,7 @@ import torch
 from vllm_zipvl.backend.prompts import ProbeQueries, PromptSelector
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.cache.compression import Compression, compress
-from vllm_zipvl.cache.heap import PageHeap
+from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan, StepReport
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.selection import num_to_keep, top_mask
@@ -22,8 +22,6 @@ class ZipVLWorker:
     def __init__(
         self,
         rules: CacheRules,
-        num_slots: int,
-        max_model_len: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self.config = rules.config
@@ -33,8 +31,6 @@ class ZipVLWorker:
         self.chunk_of_block: dict[int, ChunkPlan] = {}
         self.notes_queries = True
         self.slot_of_block = torch.empty(0, dtype=torch.int32)
-        self._num_slots = num_slots
-        self._max_model_len = max_model_len
         self._sum_over_ranks = sum_over_ranks
         self.prompts = PromptSelector(rules, sum_over_ranks)
         self._layer_index: dict[str, int] = {}
@@ -45,12 +41,16 @@ class ZipVLWorker:
         self._launched_before: dict[int, Compression] = {}
 
     def register(
-        self, kv_caches: dict[str, torch.Tensor], tail_probes: Sequence[TailProbes]
+        self,
+        kv_caches: dict[str, torch.Tensor],
+        tables: HeapTables,
+        tail_probes: Sequence[TailProbes],
     ) -> None:
         """Take over the KV cache that vLLM allocated.
 
         Args:
             kv_caches: Blocks by layer.
+            tables: With one slot more than there are, which stays empty.
             tail_probes: Of the same layers; none where nothing is compressed.
 
         Raises:
@@ -78,8 +78,7 @@ class ZipVLWorker:
         base = first.storage_offset() * first.element_size()
         num_bytes = first.shape[0] * block_stride
         memory = raw[base : base + num_bytes].view(-1, self.geometry.page_bytes)
-        # One slot more, which stays empty, for rows that are nobody's.
-        self.heap = PageHeap(memory, self.geometry, self._num_slots + 1, self._max_model_len)
+        self.heap = PageHeap(memory, self.geometry, tables)
         self.reports_late = memory.is_cuda
         # No request ends in a block that no plan named: the null block, and those of dummy runs.
         self.slot_of_block = torch.full(
@@ -121,8 +120,9 @@ class ZipVLWorker:
 
     @property
     def nobody(self) -> int:
-        """The slot that holds nothing."""
-        return self._num_slots
+        """The slot that holds nothing, for rows that are nobody's."""
+        assert self.heap is not None
+        return self.heap.compressed_lens.shape[0] - 1
 
     def layer_index(self, layer_name: str) -> int:
         return self._layer_index[layer_name]

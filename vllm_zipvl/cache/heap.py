@@ -8,11 +8,12 @@ import torch
 from vllm_zipvl.core.geometry import PageGeometry
 
 
-class PageHeap:
-    """Pages of all slots and layers, and the memory behind them.
+class HeapTables:
+    """Which pages each slot holds in each layer.
+
+    Made with the layers, before there is a heap, so that vLLM's memory profiling counts them.
 
     Attributes:
-        memory: The KV cache's memory as pages, uint8 [num_pages, page_bytes].
         page_table: int32 [num_layers, num_slots, width]; kept tokens' pages from the left,
             the rest's from the right end.
         page_counts: int32 [num_layers, num_slots, 2], tokens in pages: kept, rest.
@@ -22,22 +23,40 @@ class PageHeap:
 
     def __init__(
         self,
-        memory: torch.Tensor,
         geometry: PageGeometry,
         num_slots: int,
-        max_model_len: int,
+        max_tokens: int,
+        device: torch.device | None = None,
     ) -> None:
-        self.memory = memory
-        self.geometry = geometry
-        width = geometry.max_pages_per_layer(max_model_len)
+        width = geometry.max_pages_per_layer(max_tokens)
         shape = (geometry.num_layers, num_slots)
-        self.page_table = torch.zeros(*shape, width, dtype=torch.int32, device=memory.device)
-        self.page_counts = torch.zeros(*shape, 2, dtype=torch.int32, device=memory.device)
+        self.page_table = torch.zeros(*shape, width, dtype=torch.int32, device=device)
+        self.page_counts = torch.zeros(*shape, 2, dtype=torch.int32, device=device)
         # What quantised keys are normalised by: mean and scale of each channel.
         heads = (2, geometry.num_kv_heads, geometry.head_size)
-        self.key_norms = torch.zeros(*shape, *heads, device=memory.device)
+        self.key_norms = torch.zeros(*shape, *heads, dtype=torch.float32, device=device)
         self.key_norms[:, :, 1] = 1
-        self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=memory.device)
+        self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
+
+
+class PageHeap:
+    """Pages of all slots and layers, and the memory behind them.
+
+    Attributes:
+        memory: The KV cache's memory as pages, uint8 [num_pages, page_bytes].
+        page_table: Of its `HeapTables`, as the next three.
+        page_counts: Changed in place.
+        key_norms: Changed in place.
+        compressed_lens: Changed in place.
+    """
+
+    def __init__(self, memory: torch.Tensor, geometry: PageGeometry, tables: HeapTables) -> None:
+        self.memory = memory
+        self.geometry = geometry
+        self.page_table = tables.page_table
+        self.page_counts = tables.page_counts
+        self.key_norms = tables.key_norms
+        self.compressed_lens = tables.compressed_lens
 
     def reset(self, slot: int) -> None:
         """Empty a slot for its new owner."""

@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import dataclass
 
+import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -38,13 +39,26 @@ class CacheRules:
     @classmethod
     def of(cls, spec: AttentionSpec, vllm_config: VllmConfig) -> "CacheRules":
         """The rules of an engine whose layers have `spec`."""
+        shape = (spec.num_kv_heads, spec.head_size, spec.block_size)
+        return cls.of_layers(vllm_config, *shape, spec.dtype)
+
+    @classmethod
+    def of_layers(
+        cls,
+        vllm_config: VllmConfig,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> "CacheRules":
+        """The rules of an engine with such layers, all alike; heads are those of one rank."""
         config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
         geometry = PageGeometry(
             num_layers=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            itemsize=get_dtype_size(spec.dtype),
-            block_size=spec.block_size,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            itemsize=get_dtype_size(dtype),
+            block_size=block_size,
             high_bits=config.high_bits,
             low_bits=config.low_bits,
         )
