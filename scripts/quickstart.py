@@ -1,18 +1,15 @@
-"""Run a small LLaVA with and without ZipVL, offline and as a server, and compare the KV cache.
+"""Ask a small trained LLaVA about pictures with and without ZipVL, offline and as a server.
 
-The model has LLaVA-1.5's shape (576 tokens an image) but few, random weights: what it writes
-means nothing, what its KV cache holds does.
+The model is the accuracy lab's (scripts/lab/model): it answers questions about drawn pictures, here
+four at a time.
 """
 
 import base64
 import contextlib
 import gc
 import io
-import json
 import math
 import os
-import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,21 +20,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import tiny_checkpoints
-from PIL import Image, ImageDraw
+from PIL import Image
 
+sys.path.append(str(Path(__file__).parent / "lab"))
+import tasks
+from examples import Example, Question
+
+MODEL = Path(__file__).parent / "lab" / "model"
 FOLDER = Path(__file__).parents[1] / ".cache" / "quickstart"
 LOOPBACK = "127.0.0.1"
-MODEL = tiny_checkpoints.TinyCheckpoint("llava", layers=4, hidden_size=512, sharpen=1.0)
-# Random weights attend almost uniformly, so a share of the attention mass (tau) would keep
-# nearly every token. A fixed share of the tokens shows the mechanism instead.
-RATIO = 0.4
+SIDE = 168
 BLOCK_SIZE = 32
-NUM_IMAGES = 6
-MAX_TOKENS = 48
+NUM_EXAMPLES = 4
+MAX_MODEL_LEN = 1024
+MAX_TOKENS = 12
 SERVER_START_SECONDS = 300
-QUESTION = "What is in the picture?"
-ZIPVL = {"attention_backend": "zipvl", "additional_config": {"zipvl": {"ratio": RATIO}}}
 
 
 class Sample(NamedTuple):
@@ -75,60 +72,54 @@ def read_figures(samples: Iterable[Sample]) -> Figures:
     prompt_tokens = totals["vllm:prompt_tokens"] / num_requests
     stock_blocks = math.ceil(prompt_tokens / BLOCK_SIZE)
     freed = totals.get("vllm:zipvl_blocks_freed", 0.0) - totals.get("vllm:zipvl_blocks_used", 0.0)
+    # Requests of one word end before their prompt is compressed.
+    num_compressed = totals.get("vllm:zipvl_prompts_compressed", 0.0)
     return Figures(
         num_requests,
         prompt_tokens,
         stock_blocks,
-        stock_blocks - freed / num_requests,
+        stock_blocks - freed / max(1.0, num_compressed),
         [shares[layer] for layer in sorted(shares)],
     )
 
 
-def find_or_make_model() -> Path:
-    folder = FOLDER / f"tiny-llava-{tiny_checkpoints.key_of(MODEL)}"
-    if folder.exists():
-        say(f"using the random-weight LLaVA in {folder}")
-        return folder
-    say(f"making a random-weight LLaVA in {folder}")
-    unfinished = FOLDER / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tiny_checkpoints.make(MODEL, unfinished)
-    unfinished.rename(folder)
-    return folder
+def draw_examples() -> list[Example]:
+    """Of the test set: the model has not seen them. Their pictures go to files to look at.
+
+    Each with one short question and one whose answer is a list, read from the compressed cache.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for index in range(NUM_EXAMPLES):
+        drawn = tasks.example("frames", "hard", "test", index, SIDE, num_questions=8)
+        by_length = sorted(drawn.questions, key=lambda question: len(question.answer))
+        examples.append(drawn._replace(questions=[by_length[0], by_length[-1]]))
+        sheet = Image.new("RGB", (len(drawn.images) * SIDE, SIDE))
+        for place, image in enumerate(drawn.images):
+            sheet.paste(image, (place * SIDE, 0))
+        sheet.save(FOLDER / f"pictures-{index}.png")
+    return examples
 
 
-def draw_image(seed: int) -> Image.Image:
-    generator = random.Random(seed)
-    image = Image.linear_gradient("L").resize((336, 336)).convert("RGB")
-    pen = ImageDraw.Draw(image)
-    for _ in range(12):
-        left, top = generator.randrange(300), generator.randrange(300)
-        colour = tuple(generator.randrange(256) for _ in range(3))
-        size = generator.randrange(20, 120)
-        pen.ellipse((left, top, left + size, top + size), fill=colour)
-    return image
-
-
-def run_offline(model: Path, **settings: object) -> Figures:
+def run_offline(examples: list[Example], **settings: object) -> tuple[list[str], Figures]:
+    """The answers to all questions, and what the KV cache held."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(model),
+        str(MODEL),
         block_size=BLOCK_SIZE,
-        max_model_len=MODEL.max_position_embeddings,
+        max_model_len=MAX_MODEL_LEN,
         enforce_eager=True,
         disable_log_stats=False,
         **settings,
     )
-    requests = [
-        {
-            "prompt": f"USER: <image>\n{QUESTION}\nASSISTANT:",
-            "multi_modal_data": {"image": draw_image(seed)},
-        }
-        for seed in range(NUM_IMAGES)
+    conversations = [
+        [{"role": "user", "content": [*pictures, text_part(question)]}]
+        for example in examples
+        for pictures in [[{"type": "image_pil", "image_pil": image} for image in example.images]]
+        for question in example.questions
     ]
-    parameters = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
-    llm.generate(requests, parameters)
+    outputs = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
     figures = read_figures(
         Sample(metric.name, metric.labels, metric.value)
         for metric in llm.get_metrics()
@@ -136,57 +127,62 @@ def run_offline(model: Path, **settings: object) -> Figures:
     )
     del llm
     gc.collect()
-    return figures
+    return [output.outputs[0].text.strip() for output in outputs], figures
 
 
-def run_server(model: Path) -> Figures:
+def text_part(question: Question) -> dict[str, str]:
+    return {"type": "text", "text": question.text}
+
+
+def run_server(example: Example) -> tuple[list[str], Figures]:
+    """As `run_offline`, of one example, through the OpenAI client."""
     from openai import OpenAI
     from prometheus_client.parser import text_string_to_metric_families
 
-    with serve(model) as address:
-        say("asking the server about one picture")
+    answers = []
+    with serve() as address:
+        say("asking the server about the first pictures")
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
-        client.chat.completions.create(
-            model="tiny-llava",
-            messages=[{"role": "user", "content": chat_content(draw_image(0))}],
-            max_tokens=MAX_TOKENS,
-            temperature=0.0,
-            extra_body={"ignore_eos": True},
-        )
+        pictures = [image_part(image) for image in example.images]
+        for question in example.questions:
+            reply = client.chat.completions.create(
+                model=MODEL.name,
+                messages=[{"role": "user", "content": [*pictures, text_part(question)]}],
+                max_tokens=MAX_TOKENS,
+                temperature=0.0,
+            )
+            answers.append(reply.choices[0].message.content.strip())
         with urllib.request.urlopen(f"{address}/metrics") as answer:
             text = answer.read().decode()
     families = text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples]
-    return read_figures(
+    figures = read_figures(
         Sample(sample.name.removesuffix("_total"), sample.labels, sample.value)
         for sample in samples
     )
+    return answers, figures
 
 
-def chat_content(image: Image.Image) -> list[dict]:
+def image_part(image: Image.Image) -> dict:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": QUESTION},
-    ]
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 @contextlib.contextmanager
-def serve(model: Path) -> Iterator[str]:
+def serve() -> Iterator[str]:
     """The address of a `vllm serve` that answers; it is stopped at the end of the block."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         port = listener.getsockname()[1]
     command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
-        *("--attention-backend", ZIPVL["attention_backend"]),
-        *("--additional-config", json.dumps(ZIPVL["additional_config"])),
-        *("--served-model-name", "tiny-llava", "--enforce-eager"),
-        *("--block-size", str(BLOCK_SIZE), "--host", LOOPBACK, "--port", str(port)),
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL)),
+        *("--attention-backend", "zipvl", "--served-model-name", MODEL.name, "--enforce-eager"),
+        *("--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
+        *("--host", LOOPBACK, "--port", str(port)),
     ]
-    say(f"starting: vllm {' '.join(command[1:7])} ...")
+    say("starting: vllm serve scripts/lab/model --attention-backend zipvl")
     log = FOLDER / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(
@@ -233,8 +229,21 @@ def stop(server: subprocess.Popen) -> None:
         server.wait()
 
 
-def print_table(rows: dict[str, Figures]) -> None:
-    layers = "".join(f"{f'layer {layer}':>9}" for layer in range(MODEL.layers))
+def print_answers(examples: list[Example], answers: dict[str, list[str]]) -> None:
+    questions = [
+        (i, question) for i, example in enumerate(examples) for question in example.questions
+    ]
+    for row, (i, question) in enumerate(questions):
+        print(f"\npictures-{i}.png: {question.text}?")
+        print(f"    {'right answer':16}{question.answer}")
+        for name, given in answers.items():
+            if row < len(given):
+                print(f"    {name:16}{given[row]}")
+
+
+def print_figures(rows: dict[str, Figures]) -> None:
+    num_layers = len(rows["LLM, zipvl"].kept_shares)
+    layers = "".join(f"{f'layer {layer}':>9}" for layer in range(num_layers))
     print()
     print(f"{'':22}{'requests':>9}{'prompt':>8}{'KV blocks':>11}   tokens kept at high precision")
     print(f"{'':22}{'':>9}{'tokens':>8}{'a request':>11}   {layers}")
@@ -244,15 +253,10 @@ def print_table(rows: dict[str, Figures]) -> None:
         print(f"{name:22}{counts}   {shares}")
     compressed = rows["LLM, zipvl"]
     print()
-    print(f"A block holds {BLOCK_SIZE} tokens of all {MODEL.layers} layers uncompressed.")
+    print(f"A block holds {BLOCK_SIZE} tokens of all {num_layers} layers uncompressed.")
     print(
         f"With zipvl a request holds {compressed.stock_blocks / compressed.blocks:.1f} times fewer "
-        "KV blocks once its prompt is compressed."
-    )
-    print(
-        f"The weights are random. ratio={RATIO} was set (the newest tokens of the prompt are kept "
-        "in any case),\nbecause the default, tau=0.975 of the attention mass, keeps nearly every "
-        "token of a model\nthat attends to all of them alike."
+        f"KV blocks once its prompt is compressed.\nThe pictures: {FOLDER}/pictures-*.png"
     )
 
 
@@ -262,14 +266,15 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK)))
-    model = find_or_make_model()
-    rows = {}
-    say(f"stock vLLM: {NUM_IMAGES} requests of one picture each")
-    rows["LLM, stock"] = run_offline(model)
-    say(f"zipvl: the same requests, with {json.dumps(ZIPVL['additional_config'])}")
-    rows["LLM, zipvl"] = run_offline(model, **ZIPVL)
-    rows["vllm serve, zipvl"] = run_server(model)
-    print_table(rows)
+    examples = draw_examples()
+    answers, figures = {}, {}
+    say(f"stock vLLM: two questions about each of {NUM_EXAMPLES} times four pictures")
+    answers["stock"], figures["LLM, stock"] = run_offline(examples)
+    say("zipvl, with its default settings: the same questions")
+    answers["zipvl"], figures["LLM, zipvl"] = run_offline(examples, attention_backend="zipvl")
+    answers["zipvl, served"], figures["vllm serve, zipvl"] = run_server(examples[0])
+    print_answers(examples, answers)
+    print_figures(figures)
 
 
 if __name__ == "__main__":

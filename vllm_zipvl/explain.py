@@ -124,8 +124,8 @@ def draw(explanation: Explanation, question: str, out: Path) -> None:
         show(f"layer {layer}: {100 * kept[layer].mean():.0f} % of the picture", kept[layer])
     bars = next(panels)
     bars.bar(range(num_layers), [100 * share for share in explanation.shares])
-    bars.set(xlabel="layer", ylabel="kept of all tokens, %", ylim=(0, 100))
-    bars.set_title(f"{explanation.num_tokens} tokens", fontsize=10)
+    bars.set(xlabel="layer", ylim=(0, 100))
+    bars.set_title(f"kept of all {explanation.num_tokens} tokens, %", fontsize=10)
     bars.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels:
         panel.set_axis_off()

@@ -71,20 +71,20 @@ def _rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _logits(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def logits(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Scaled products [num_queries, num_kv_heads, group, num_tokens]."""
     return torch.einsum("qhgd,nhd->qhgn", queries, keys) * keys.shape[-1] ** -0.5
 
 
-def _attend(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("qhgn,nhd->qhgd", _logits(keys, queries).softmax(-1), values)
+def attend(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("qhgn,nhd->qhgd", logits(keys, queries).softmax(-1), values)
 
 
-def _kept_mass(scores: torch.Tensor, kept: torch.Tensor) -> float:
+def kept_mass(scores: torch.Tensor, kept: torch.Tensor) -> float:
     return float(scores[..., kept].sum(-1).mean())
 
 
-def _top(scores: torch.Tensor) -> torch.Tensor:
+def top(scores: torch.Tensor) -> torch.Tensor:
     """The tokens, as bool [num_tokens], that carry most of the attention, over all heads."""
     mass = scores.sum((0, 1, 2))
     kept = torch.zeros(mass.shape, dtype=torch.bool)
@@ -145,16 +145,16 @@ def sample(distribution: str, head_size: int, num_tokens: int, seed: int) -> Sam
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, not {distribution!r}")
 
     probes, queries = queries[:NUM_PROBES], queries[NUM_PROBES:]
-    logits = _logits(keys, probes)
+    probe_logits = logits(keys, probes)
     low, high = 0.0, 64.0
     for _ in range(9):
         gain = (low + high) / 2
-        scores = (gain * logits).softmax(-1)
-        low, high = (gain, high) if _kept_mass(scores, _top(scores)) < KEPT_MASS else (low, gain)
-    kept = _top((high * logits).softmax(-1))
+        scores = (gain * probe_logits).softmax(-1)
+        low, high = (gain, high) if kept_mass(scores, top(scores)) < KEPT_MASS else (low, gain)
+    kept = top((high * probe_logits).softmax(-1))
     queries = high * queries
-    mass = _kept_mass(_logits(keys, queries).softmax(-1), kept)
-    truth = _attend(keys.double(), values.double(), queries.double())
+    mass = kept_mass(logits(keys, queries).softmax(-1), kept)
+    truth = attend(keys.double(), values.double(), queries.double())
     return Sample(keys, values, queries, kept, mass, truth)
 
 
@@ -173,7 +173,7 @@ def errors(inputs: Sample, scheme: Scheme, bits: Sequence[tuple[int, int]]) -> l
     def error(pair: tuple[int, int]) -> float:
         parts = zip(stored(True, pair[0]), stored(False, pair[1]), strict=True)
         new_keys, new_values = (torch.cat(part) for part in parts)
-        output = _attend(new_keys, new_values, queries).double()
+        output = attend(new_keys, new_values, queries).double()
         return float((output - truth).norm() / truth.norm())
 
     return [error(pair) for pair in bits]

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
 
-TEMPLATE = CHAT_TEMPLATE.replace(".upper()", "").replace("ASSISTANT", "assistant")
+# The template brings the first token, as vLLM's chat does not let a tokenizer add one.
+TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE.replace(".upper()", "").replace(
+    "ASSISTANT", "assistant"
+)
 WORDS_OF_TASKS = """
     a above after all are assistant below black blue bottom bus car cat circle colour colours comes
     cross cup dog egg fan from green hat how in ink is it jam key largest larger left leg list many
@@ -66,9 +69,6 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
-    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -6,7 +6,7 @@ from method_masks import MaskedPrefill, QKSparse, VerticalSlash
 from method_pruning import FastV, HiRED
 from method_zipvl import ZipVL, at_random, by_raw_scores, nothing
 
-TAUS = (0.9, 0.94, 0.96, 0.985, 0.99)
+TAUS = (0.7, 0.8, 0.9, 0.94, 0.96, 0.985, 0.99)
 """Beside the default, 0.975."""
 BITS = ((8, 4), (4, 4), (16, 0), (4, 0), (16, 16))
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)

@@ -340,14 +340,23 @@ def test_claims_are_measured_against_what_they_name() -> None:
     methods |= {"fixed-0.2": some, "fixed-0.4": some, "fixed-0.6": right, "hired-0.4": right}
     kept = {"full": 1.0, "zipvl": 0.5, "zipvl-16/16": 0.5, "fastv": 0.53}
     kept |= {"fixed-0.2": 0.2, "fixed-0.4": 0.4, "fixed-0.6": 0.6, "hired-0.4": 0.4}
+    methods |= {"zipvl-tau0.9": some, "zipvl-tau0.99": right}
+    kept |= {"zipvl-tau0.9": 0.43, "zipvl-tau0.99": 0.7}
     lines = claims.claims_table(questions_of(methods, kept), list(methods)).splitlines()[2:]
     verdicts = [line.split(" | ")[-1].removesuffix(" |") for line in lines]
-    # Of full, FastV, HiRED (whose share is smaller), adaptation of two families (none here), the
-    # fixed shares of 0.4 and 0.6 (as good as zipvl), bits.
-    expected = ["shown", "shown", "not comparable", "open", "open", "shown", "open", "shown"]
-    assert verdicts == expected
-    assert "fixed-0.4" in lines[5]
-    assert "fixed-0.6" in lines[6]
+    # Of full twice, FastV, HiRED (none keeps as little), adaptation of two families (none here),
+    # the fixed shares of 0.4 and 0.6 (as good as zipvl), bits.
+    expected = ["shown", "shown", "shown", "not comparable", "open", "open", "shown", "open"]
+    assert verdicts == [*expected, "shown"]
+    assert lines[2].startswith("| zipvl better than fastv")
+    assert "fixed-0.4" in lines[6]
+    assert "fixed-0.6" in lines[7]
+    methods["zipvl-tau0.85"], kept["zipvl-tau0.85"] = right, 0.39
+    kept["zipvl"] = 0.56
+    lines = claims.claims_table(questions_of(methods, kept), list(methods)).splitlines()[2:]
+    assert lines[1].endswith("| 56.0 % kept | refuted |")
+    assert lines[3].startswith("| zipvl-tau0.85 better than hired-0.4")
+    assert lines[3].endswith("| open |")
 
 
 def test_claims_about_families_that_were_not_asked_are_left_out() -> None:
