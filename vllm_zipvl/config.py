@@ -34,8 +34,8 @@ class ZipVLConfig:
         compress: Whether the cache is compressed after the prompt and during decode.
         prefix_sharing: "approximate" lets other requests reuse blocks computed by sparse
             prefill; "exact" keeps such blocks out of the prefix cache.
-        prefill_kernel: What computes prefill attention; "auto" is the first of them that runs, and
-            on a CPU vLLM's own kernel.
+        prefill_kernel: What computes prefill attention; "auto" is the first that runs of
+            flash_attn, xformers and triton, and on a CPU vLLM's own kernel.
 
     Raises:
         ValueError: A value is of the wrong type, out of range or inconsistent. The message

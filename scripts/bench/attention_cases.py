@@ -113,8 +113,8 @@ def compress_prompt(
     """What a worker does for one layer of a complete prompt, `kept` bool [num_tokens]."""
     counts = torch.stack([kept.sum(), (~kept).sum() * bool(heap.geometry.low_bits)])
     before, _ = heap.take_pages(slot, counts[None].int(), heap_block_ids, 0)
-    norms = heap.key_norms[:, slot]
-    tables = PageTables(heap.memory, heap.page_table[:, slot], before, norms, heap.geometry)
+    norms = heap.tables.key_norms[:, slot]
+    tables = PageTables(heap.memory, heap.tables.page_table[:, slot], before, norms, heap.geometry)
     write_tokens([kv_cache], block_ids, kept[None], tables, takes_norms=True)
 
 
@@ -138,9 +138,10 @@ def decode_case(
         compress_prompt(heap, i, prompt, torch.arange(len(prompt)), mask, blocks[i].tolist())
         block_table[i, end // block_size :] = torch.arange(i * tail, (i + 1) * tail)
     kv_cache = randn(num_rows * tail, layer.num_kv_heads, block_size, 2 * layer.head_size)
+    tables = heap.tables
     context = CachedContext(
-        kv_cache, memory, heap.page_table[0], heap.page_counts[0], block_table, geometry,
-        heap.key_norms[0],
+        kv_cache, memory, tables.page_table[0], tables.page_counts[0], block_table, geometry,
+        tables.key_norms[0],
     )  # fmt: skip
     every = torch.arange(num_rows, dtype=torch.int32)
     ends = torch.full((num_rows,), end, dtype=torch.int32)

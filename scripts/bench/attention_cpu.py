@@ -153,7 +153,7 @@ def check_compressed(heap: PageHeap, kv_cache: torch.Tensor, kept: torch.Tensor)
     geometry = heap.geometry
     kv = gather_kv(kv_cache, torch.arange(len(kv_cache)), 0, len(kept))
     norm = key_norm(kv[..., : LAYER.head_size])
-    table = heap.page_table[0, 0]
+    table = heap.tables.page_table[0, 0]
     for mask, bits, name in ((kept, 4, "kept"), (~kept, 2, "other")):
         num = int(mask.sum())
         num_pages = geometry.num_pages(num, bits)

@@ -1,7 +1,8 @@
 """One layer on a GPU: prefill, decode and compression against the best dense attention there.
 
 Every run empties the L2 cache first (`triton.testing.do_bench`), on random data. A dry run goes
-through the same code on the CPU with the kernels interpreted, at sizes that mean nothing.
+through the same code on the CPU with the kernels interpreted, at sizes that mean nothing. vLLM's
+kernels are left out of it unless `tests/interpreted_triton` is on `PYTHONPATH`.
 """
 
 import os
@@ -20,7 +21,8 @@ from attention_cases import (
     randn,
     sparse_prefill,
 )
-from attention_rows import row
+from attention_rows import absent, row
+from decode_baselines import BASELINES, DecodeBaseline, wrong
 from dense_attention import DenseAttention
 
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
@@ -40,6 +42,10 @@ DECODE_BYTES = 48 * 2**30
 """Of a dense cache; larger ones are left out."""
 COPIED_BYTES = 2**30
 DRY_TOKENS, DRY_ROWS = 96, 2
+DRY_KV_HEADS = 1
+"""Of vLLM's kernels, one program of which stores one head of one token."""
+CHECKED_ROWS, CHECKED_TOKENS, DRY_CHECKED_TOKENS = 5, 111, 23
+"""Of vLLM's kernels; for 5 rows its Triton backend splits contexts of 4 KV heads, not of 32."""
 MILLISECOND = 1e-3
 
 
@@ -80,13 +86,71 @@ def prefill_row(name: str, layer: Layer, num_tokens: int, is_dry: bool) -> dict[
     )  # fmt: skip
 
 
+def narrowed(layer: Layer) -> Layer:
+    group = layer.num_heads // layer.num_kv_heads
+    return layer._replace(num_heads=group * DRY_KV_HEADS, num_kv_heads=DRY_KV_HEADS)
+
+
+def refusal(baseline: DecodeBaseline, layer: Layer, is_dry: bool) -> str | None:
+    """What keeps a baseline from being measured; it is checked here."""
+    num_tokens = DRY_CHECKED_TOKENS if is_dry else CHECKED_TOKENS
+    layer = narrowed(layer) if is_dry else layer
+    try:
+        return baseline.why_not() or wrong(baseline.rows(layer, CHECKED_ROWS, num_tokens))
+    # Code that is not ours fails in its own ways, and the other rows do not depend on it.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def baseline_row(
+    baseline: DecodeBaseline,
+    layer: Layer,
+    shape: dict[str, Any],
+    is_dry: bool,
+    copy_rate: float,
+    dense: tuple[str, float],
+) -> dict[str, Any]:
+    layer = narrowed(layer) if is_dry else layer
+    try:
+        rows = baseline.rows(layer, shape["rows"], shape["tokens"])
+        seconds = milliseconds(rows, is_dry) * MILLISECOND
+    except Exception as error:
+        return absent("decode", shape, baseline.name, f"{type(error).__name__}: {error}")
+    rate = rows.read_bytes / seconds
+    return row(
+        "decode", shape, baseline.name, seconds, *dense, kernel=rows.kernel,
+        bytes_per_second=rate, share_of_copy=rate / copy_rate,
+    )  # fmt: skip
+
+
 def decode_rows(
-    name: str, layer: Layer, num_rows: int, num_tokens: int, is_dry: bool, copy_rate: float
+    name: str,
+    layer: Layer,
+    num_rows: int,
+    num_tokens: int,
+    is_dry: bool,
+    copy_rate: float,
+    refusals: dict[str, str | None],
 ) -> Iterator[dict[str, Any]]:
+    """First over vLLM's quantised caches, then over ours."""
+    shape = {"model": name, "rows": num_rows, "tokens": num_tokens, "heads": layer.heads}
+    dense_bytes = 2 * num_rows * num_tokens * layer.num_kv_heads * layer.head_size * DTYPE.itemsize
+    if dense_bytes > DECODE_BYTES:
+        sizes = f"{dense_bytes / 2**30:.0f} GiB, more than {DECODE_BYTES / 2**30:.0f} GiB"
+        yield absent("decode", shape, "all", f"a dense cache takes {sizes}")
+        return
     query = randn(num_rows, layer.num_heads, layer.head_size)
     dense = DenseAttention(layer)
     baseline = milliseconds(dense.decode(query, num_tokens), is_dry) * MILLISECOND
-    shape = {"model": name, "rows": num_rows, "tokens": num_tokens, "heads": layer.heads}
+    quantised = {}
+    for other in BASELINES:
+        if reason := refusals[other.name]:
+            found = absent("decode", shape, other.name, reason)
+        else:
+            found = baseline_row(other, layer, shape, is_dry, copy_rate, (dense.name, baseline))
+        if "seconds" in found:
+            quantised[other.name] = found["seconds"]
+        yield found
     for high, low, kept in DECODE_METHODS:
         geometry = layer.geometry(high, low)
         context, rows = decode_case(layer, num_rows, num_tokens, (high, low), kept)
@@ -104,7 +168,8 @@ def decode_rows(
         read *= num_rows * layer.num_kv_heads
         yield row(
             "decode", shape, f"{high}/{low}", seconds, dense.name, baseline, kept=kept,
-            share_of_copy=read / seconds / copy_rate,
+            bytes_per_second=read / seconds, share_of_copy=read / seconds / copy_rate,
+            speed_up_over={other: taken / seconds for other, taken in quantised.items()},
         )  # fmt: skip
 
 
@@ -161,10 +226,11 @@ def measure(ops: list[str], is_dry: bool) -> Iterator[dict[str, Any]]:
         if "decode" in ops:
             for high, low, kept in DECODE_METHODS:
                 check_decode(layer, (high, low), kept)
+            refusals = {other.name: refusal(other, layer, is_dry) for other in BASELINES}
             for num_rows, num_tokens in decode_shapes:
-                elements = 2 * num_rows * num_tokens * layer.num_kv_heads * layer.head_size
-                if elements * DTYPE.itemsize <= DECODE_BYTES:
-                    yield from decode_rows(name, layer, num_rows, num_tokens, is_dry, copy_rate)
+                yield from decode_rows(
+                    name, layer, num_rows, num_tokens, is_dry, copy_rate, refusals
+                )
         if "compress" in ops:
             yield compress_row(name, layer, is_dry)
 

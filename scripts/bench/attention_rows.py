@@ -11,6 +11,7 @@ COLUMNS = (
     ("of prefill", "share_of_dense_prefill_attention", "{:.1%}"),
     ("of copy", "share_of_copy", "{:.0%}"),
 )
+METHOD_WIDTH = 21
 
 
 def row(
@@ -20,7 +21,7 @@ def row(
     seconds: float,
     baseline: str = "",
     baseline_seconds: float | None = None,
-    **more: float,
+    **more: Any,
 ) -> dict[str, Any]:
     """A figure, and how many times faster it is than the baseline's."""
     found: dict[str, Any] = {"op": op, "shape": shape, "method": method, "seconds": seconds}
@@ -33,9 +34,14 @@ def row(
     return found | more
 
 
+def absent(op: str, shape: dict[str, Any], method: str, reason: str) -> dict[str, Any]:
+    """Something that is not measured, and why."""
+    return {"op": op, "shape": shape, "method": method, "absent": reason}
+
+
 def heading() -> str:
     titles = "".join(f"{title:>11}" for title, _, _ in COLUMNS)
-    return f"{'op':<9}{'rows':>5}{'tokens':>8}{'heads':>12}{'method':>8}{titles}"
+    return f"{'op':<9}{'rows':>5}{'tokens':>8}{'heads':>12}{'method':>{METHOD_WIDTH}}{titles}"
 
 
 def line(found: dict[str, Any]) -> str:
@@ -43,8 +49,12 @@ def line(found: dict[str, Any]) -> str:
     shape = found["shape"]
     heads = "/".join(map(str, shape["heads"]))
     text = f"{found['op']:<9}{shape.get('rows', 1):>5}{shape['tokens']:>8}{heads:>12}"
-    text += f"{found['method']:>8}"
+    text += f"{found['method']:>{METHOD_WIDTH}}"
+    if "absent" in found:
+        return f"{text}  absent: {found['absent']}"
     for _, key, form in COLUMNS:
         factor = 1000 if key.endswith("seconds") else 1
         text += f"{form.format(found[key] * factor) if key in found else '':>11}"
+    if faster := found.get("speed_up_over"):
+        text += "  over " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in faster.items())
     return text

@@ -1,81 +1,175 @@
 """Everything that needs a GPU, in one call: checks first, then timings.
 
-    python scripts/bench/gpu_suite.py --out DIR
+    python scripts/bench/gpu_suite.py --out DIR [--vllm DIR] [--only PART ...]
     python scripts/bench/gpu_suite.py --out DIR --dry-run   # the same on a CPU, interpreted
 
-DIR gets a log per part, attention.json, and suite.json: what ran, how it ended, how long it took.
-A part that fails does not stop those after it, except that nothing is timed if the checks fail.
+DIR gets a log per part, the benchmarks' JSON, and suite.json: what ran, how it ended, how long it
+took. A part that fails does not stop those after it, except that nothing is timed if the kernels'
+tests fail. Parts with the real engine are left out where there is no vLLM; neither it nor this
+package need be installed: `--vllm` names a folder that CUDA wheels of vLLM and of what it imports
+were extracted into.
 """
 
 import argparse
+import configparser
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parents[1]
-PART_SECONDS = 420
 SANITISED = "test_any_precision_has_a_codec or test_normalised_keys or test_gather_gives"
 """Tests that write pages and blocks and read them back; the sanitizer is slow."""
 DRY = "test_any_precision_has_a_codec"
+DENSE_IDENTITY = "tests/engine/test_dense_identity.py"
+FAMILIES = "llama or llava_next"
 
 
-def parts(out: Path, is_dry: bool) -> dict[str, list[str]]:
-    """Commands in the order in which they run."""
+class Part(NamedTuple):
+    """A command.
+
+    Attributes:
+        command: Run in the root of the repository.
+        is_timing: Whether it measures what the tests check.
+        needs_vllm: Whether it starts the engine.
+        seconds: It ends after so many, except in a dry run.
+    """
+
+    command: list[str]
+    is_timing: bool = False
+    needs_vllm: bool = False
+    seconds: int = 420
+
+
+def parts(out: Path, is_dry: bool, engine: str) -> dict[str, Part]:
+    """What runs, in this order."""
     python = sys.executable
-    tests = [python, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider"]
-    attention = [python, str(BENCH / "attention.py"), "--device", "cuda"]
-    attention += ["--json", str(out / "attention.json")]
-    if is_dry:
-        return {"tests": [*tests, "-k", DRY], "attention": [*attention, "--dry-run"]}
-    found = {"gpu": ["nvidia-smi"], "tests": tests}
-    if sanitizer := shutil.which("compute-sanitizer"):
-        found["sanitizer"] = [sanitizer, "--error-exitcode", "9", *tests, "-k", SANITISED]
-    return {**found, "attention": attention}
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
+    tests = [*pytest, "tests/ops"]
+    found = {} if is_dry else {"gpu": Part(["nvidia-smi"])}
+    found["tests"] = Part([*tests, "-k", DRY] if is_dry else tests)
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer and not is_dry:
+        found["sanitizer"] = Part([sanitizer, "--error-exitcode", "9", *tests, "-k", SANITISED])
+
+    def benchmark(program: str, name: str, *options: str) -> list[str]:
+        command = [python, str(BENCH / program), "--device", "cuda", *options]
+        return [*command, "--json", str(out / f"{name}.json"), *(["--dry-run"] * is_dry)]
+
+    families = "llama" if is_dry else FAMILIES
+    found["engine_tests"] = Part([*pytest, DENSE_IDENTITY, "-k", families], needs_vllm=True)
+    found["attention"] = Part(benchmark("attention.py", "attention"), is_timing=True)
+    for model in ("LongVA-7B", "LLaVA-NeXT-7B"):
+        name = f"whole_model_{model}"
+        command = benchmark("whole_model.py", name, "--models", model)
+        found[name] = Part(command, is_timing=True)
+    for name in ("decode_step", "llava_next", "longva"):
+        options = ("--only", name, "--engine", engine)
+        command = benchmark("serving.py", f"engine_{name}", *options)
+        found[f"engine_{name}"] = Part(command, is_timing=True, needs_vllm=True, seconds=560)
+    return found
+
+
+def write_metadata(folder: Path) -> None:
+    """What pip would write of this package: vLLM finds plugins by it, and the package its range."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    about, extras = setup["metadata"], setup["options.extras_require"]
+    lines = ["Metadata-Version: 2.1", f"Name: {about['name']}", f"Version: {about['version']}"]
+    always = setup["options"]["install_requires"].split()
+    lines += [f"Requires-Dist: {requirement}" for requirement in always]
+    for extra in extras:
+        lines.append(f"Provides-Extra: {extra}")
+        named = extras[extra].split()
+        lines += [f'Requires-Dist: {requirement}; extra == "{extra}"' for requirement in named]
+    name = f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
+    entry_points = configparser.ConfigParser(delimiters=("=",))
+    for group, text in setup["options.entry_points"].items():
+        entry_points.read_string(f"[{group}]{text}\n")
+    info = folder / name
+    info.mkdir()
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    with (info / "entry_points.txt").open("w") as file:
+        entry_points.write(file)
+
+
+def environment(metadata: Path, vllm: Path | None) -> dict[str, str]:
+    paths = [str(metadata), str(ROOT), *([str(vllm.resolve())] if vllm else [])]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return os.environ | offline | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run(
-    name: str, command: list[str], out: Path, environment: dict[str, str], is_dry: bool
+    name: str, part: Part, out: Path, environment: dict[str, str], is_dry: bool
 ) -> dict[str, object]:
     """One part; its output goes to a log, the end of which is printed."""
-    print(f"== {name}: {' '.join(command)}", flush=True)
+    print(f"== {name}: {' '.join(part.command)}", flush=True)
+    if not is_dry:
+        environment = environment | {"ZIPVL_TEST_DEVICE": "cuda"}
+    elif not part.needs_vllm:
+        environment = environment | {"TRITON_INTERPRET": "1"}
     log, started = out / f"{name}.log", time.monotonic()
     with log.open("w") as file:
         try:
             status = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
-                timeout=None if is_dry else PART_SECONDS,
+                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
+                timeout=None if is_dry else part.seconds,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             status = None
     seconds = round(time.monotonic() - started, 1)
-    print("\n".join(log.read_text().splitlines()[-15:]))
-    return {"command": command, "status": status, "seconds": seconds}
+    print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+    return {"command": part.command, "status": status, "seconds": seconds}
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vllm", type=Path, metavar="DIR", help="extracted CUDA vLLM")
+    parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, JSON")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
-    out, is_dry = arguments.out, arguments.dry_run
+    if arguments.vllm and not (arguments.vllm / "vllm").is_dir():
+        parser.error(f"--vllm {arguments.vllm}: there is no vllm in it")
+    return arguments
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Part]:
+    """The parts that are asked for, or all that can run."""
+    found = parts(arguments.out.resolve(), arguments.dry_run, arguments.engine)
+    if arguments.only is None:
+        has_vllm = arguments.vllm is not None or importlib.util.find_spec("vllm") is not None
+        return {name: part for name, part in found.items() if has_vllm or not part.needs_vllm}
+    if unknown := set(arguments.only) - set(found):
+        raise SystemExit(f"--only {' '.join(unknown)}: choose from {' '.join(found)}")
+    return {name: part for name, part in found.items() if name in arguments.only}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {"TRITON_INTERPRET": "1"} if is_dry else {"ZIPVL_TEST_DEVICE": "cuda"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | chosen | {"PYTHONPATH": os.pathsep.join(paths)}
     found: dict[str, dict[str, object]] = {}
-    for name, command in parts(out, is_dry).items():
-        if name == "attention" and found["tests"]["status"] != 0:
-            print("== attention: not timed, since the tests failed")
-            break
-        found[name] = run(name, command, out, environment, is_dry)
-        (out / "suite.json").write_text(json.dumps(found, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        write_metadata(Path(folder))
+        variables = environment(Path(folder), arguments.vllm)
+        for name, part in chosen(arguments).items():
+            if part.is_timing and found.get("tests", {}).get("status", 0) != 0:
+                print(f"== {name}: not timed, since the tests failed")
+                continue
+            found[name] = run(name, part, out, variables, arguments.dry_run)
+            (out / "suite.json").write_text(json.dumps(found, indent=1) + "\n")
     print({name: part["status"] for name, part in found.items()})
     failed = [name for name, part in found.items() if part["status"] != 0]
     sys.exit(1 if failed else 0)

@@ -97,7 +97,9 @@ def main() -> None:
                 )
     order = [f"{high}/{low}" for high, low in BITS]
     rows.sort(key=lambda row: order.index(row["bits"]))
-    print(f"Error, mean (max) over {NUM_PROMPTS} prompts, {100 * KEPT_SHARE:.1f} % of tokens high:\n")
+    print(
+        f"Error, mean (max) over {NUM_PROMPTS} prompts, {100 * KEPT_SHARE:.1f} % of tokens high:\n"
+    )
     print(
         table(
             rows,

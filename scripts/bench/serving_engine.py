@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from PIL import Image
 FIRST_WORD = 300
 PICTURE_SIDE = 672
 PICTURE_GRID = 48
+SCRIPTS = str(Path(__file__).resolve().parents[1])
 
 
 class Request(NamedTuple):
@@ -49,6 +51,8 @@ class Watch:
         cpu_seconds: CPU time of `schedule` and `update_from_output`, per step that only decodes
             and has `batch` requests.
         batch: See `cpu_seconds`; None records no times.
+        begun: When the first step began.
+        arrivals: Per request, when each of its tokens had been sampled and was known here.
     """
 
     batch: int | None = None
@@ -57,6 +61,8 @@ class Watch:
     block_steps: int = 0
     token_steps: int = 0
     cpu_seconds: list[float] = field(default_factory=list)
+    begun: float = 0.0
+    arrivals: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Served(NamedTuple):
@@ -69,6 +75,8 @@ class Served(NamedTuple):
         prompt_tokens: Tokens of the longest prompt, picture included.
         watch: `Watch` as a dictionary.
         compressed: The counts of the backend's own statistics; empty for stock.
+        first: Per request, seconds from the first step to its first token, waiting included.
+        per_token: Per request, mean seconds of its other tokens.
     """
 
     seconds: float
@@ -77,6 +85,8 @@ class Served(NamedTuple):
     prompt_tokens: int
     watch: dict[str, Any]
     compressed: dict[str, Any]
+    first: list[float]
+    per_token: list[float]
 
 
 class FirstTokens(NamedTuple):
@@ -88,6 +98,7 @@ class FirstTokens(NamedTuple):
         second: Seconds from there to the second, in which a prompt is compressed.
         token_ids: All of its tokens.
         compressed: As in `Served`.
+        rest: Seconds of each further token.
     """
 
     first: float
@@ -95,6 +106,7 @@ class FirstTokens(NamedTuple):
     second: float
     token_ids: list[int]
     compressed: dict[str, Any]
+    rest: list[float]
 
 
 class Pool(NamedTuple):
@@ -110,10 +122,25 @@ _compressed: Any = None
 
 def make_checkpoint(out: Path, spec: dict[str, Any]) -> None:
     """Write a random-weight checkpoint, see `scripts/tiny_checkpoints.py`."""
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    sys.path.append(SCRIPTS)
     from tiny_checkpoints import TinyCheckpoint, make
 
     make(TinyCheckpoint(**spec), out)
+
+
+def make_folder(out: Path, spec: dict[str, Any]) -> None:
+    """Write all of a checkpoint but the weights, which `load_format="dummy"` does without."""
+    sys.path.append(SCRIPTS)
+    import torch
+    from tiny_checkpoints import FAMILIES, TinyCheckpoint
+
+    checkpoint = TinyCheckpoint(**spec)
+    with torch.device("meta"):
+        model, processor = FAMILIES[checkpoint.family](checkpoint)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = checkpoint.dtype
+    model.config.save_pretrained(out)
+    processor.save_pretrained(out)
 
 
 def start(model: Path, settings: dict[str, Any]) -> Pool:
@@ -136,6 +163,7 @@ def stop() -> None:
         RuntimeError: A block of the KV memory was lost.
     """
     global _llm
+    _drain()
     pool = _scheduler().kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
     _llm.llm_engine.renderer.shutdown()
@@ -149,33 +177,46 @@ def stop() -> None:
 def serve(requests: list[Request], max_tokens: int, batch: int | None = None) -> Served:
     """Run requests to exactly `max_tokens` tokens each."""
     watch = Watch(batch)
-    prompts = [_prompt(request) for request in requests]
+    prompts = [prompt_of(request) for request in requests]
     _take_statistics()
     with _observed(watch) as span:
-        outputs = _llm.generate(prompts, _parameters(max_tokens), use_tqdm=False)
+        outputs = _llm.generate(prompts, parameters(max_tokens), use_tqdm=False)
+    _drain()
     seconds, cpu_seconds = span()
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     if num_tokens != max_tokens * len(requests):
         raise RuntimeError(f"{num_tokens} tokens from {len(requests)} x {max_tokens}")
     longest = max(len(output.prompt_token_ids) for output in outputs)
-    return Served(seconds, cpu_seconds, num_tokens, longest, asdict(watch), _take_statistics())
+    first, per_token = _latencies(watch)
+    figures = asdict(watch)
+    del figures["arrivals"]
+    return Served(
+        seconds, cpu_seconds, num_tokens, longest, figures, _take_statistics(), first, per_token
+    )
 
 
-def first_tokens(request: Request) -> FirstTokens:
-    """Time the first two tokens of one request; a third one's step reports the compression."""
+def first_tokens(request: Request, max_tokens: int = 3) -> FirstTokens:
+    """Time one request's tokens; at the earliest a third one's step reports the compression."""
     engine = _llm.llm_engine
-    prompt = _prompt(request)
+    prompt = prompt_of(request)
     started, cpu_started = time.perf_counter(), time.process_time()
-    engine.add_request(f"first-{request.seed}", prompt, _parameters(3))
+    engine.add_request(f"first-{request.seed}", prompt, parameters(max_tokens))
     arrivals: list[tuple[float, float]] = []
     token_ids: list[int] = []
     while engine.has_unfinished_requests():
         for output in engine.step():
             token_ids = list(output.outputs[0].token_ids)
             arrivals.append((time.perf_counter(), time.process_time()))
-    (first, cpu_first), (second, _), _ = arrivals
+    _drain()
+    first, second, *_ = times = [seconds for seconds, _ in arrivals]
+    rest = [later - earlier for earlier, later in pairwise(times[1:])]
     return FirstTokens(
-        first - started, cpu_first - cpu_started, second - first, token_ids, _take_statistics()
+        first - started,
+        arrivals[0][1] - cpu_started,
+        second - first,
+        token_ids,
+        _take_statistics(),
+        rest,
     )
 
 
@@ -184,20 +225,41 @@ def versions() -> dict[str, str]:
     import torch
     import vllm
 
-    return {"vllm": vllm.__version__, "torch": torch.__version__}
+    found = {"vllm": vllm.__version__, "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or "none"}
+    return found
+
+
+def running_engine() -> Any:
+    """The engine of this process."""
+    assert _llm is not None, "no engine is running"
+    return _llm.llm_engine
+
+
+def _core() -> Any:
+    return _llm.llm_engine.engine_core.engine_core
 
 
 def _scheduler() -> Any:
-    return _llm.llm_engine.engine_core.engine_core.scheduler
+    return _core().scheduler
 
 
-def _parameters(max_tokens: int) -> Any:
+def _drain() -> None:
+    """Take in what asynchronous scheduling has begun and nobody waits for."""
+    while _core().batch_queue:
+        _core().step_fn()
+
+
+def parameters(max_tokens: int) -> Any:
+    """Greedy, to exactly so many tokens."""
     from vllm import SamplingParams
 
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
-def _prompt(request: Request) -> dict[str, Any]:
+def prompt_of(request: Request) -> dict[str, Any]:
+    """What `LLM.generate` takes."""
     draw = random.Random(request.seed)
     if not request.has_picture:
         vocab_size = _llm.llm_engine.model_config.get_vocab_size()
@@ -230,6 +292,7 @@ def _observed(watch: Watch) -> Iterator[Callable[[], tuple[float, ...]]]:
     def watched_schedule(*args: Any) -> Any:
         nonlocal spent
         begun.append((time.perf_counter(), time.process_time()))
+        watch.begun = begun[0][0]
         before = time.thread_time()
         output = schedule(*args)
         spent = time.thread_time() - before
@@ -242,6 +305,7 @@ def _observed(watch: Watch) -> Iterator[Callable[[], tuple[float, ...]]]:
         if _only_decodes(output) and len(output.num_scheduled_tokens) == watch.batch:
             watch.cpu_seconds.append(spent + time.thread_time() - before)
         ended.append((time.perf_counter(), time.process_time()))
+        _note_tokens(watch, result)
         return result
 
     def span() -> tuple[float, ...]:
@@ -267,6 +331,20 @@ def _note_step(watch: Watch, scheduler: Any, output: Any) -> None:
         pool = scheduler.kv_cache_manager.block_pool
         watch.block_steps += pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         watch.token_steps += sum(one.num_computed_tokens for one in running)
+
+
+def _note_tokens(watch: Watch, result: dict[int, Any]) -> None:
+    now = time.perf_counter()
+    for outputs in result.values():
+        for one in outputs.outputs:
+            watch.arrivals.setdefault(one.request_id, []).extend([now] * len(one.new_token_ids))
+
+
+def _latencies(watch: Watch) -> tuple[list[float], list[float]]:
+    """Per request: seconds to the first token, and of each other one on average."""
+    arrivals = [times for times in watch.arrivals.values() if len(times) > 1]
+    first = [times[0] - watch.begun for times in arrivals]
+    return first, [(times[-1] - times[0]) / (len(times) - 1) for times in arrivals]
 
 
 def _keep_statistics(connector: Any) -> None:

@@ -56,10 +56,14 @@ def zipvl(**config: Any) -> Method:
 
 
 class Model(NamedTuple):
-    """A random-weight checkpoint: what `tiny_checkpoints.TinyCheckpoint` takes."""
+    """A random-weight checkpoint: what `tiny_checkpoints.TinyCheckpoint` takes.
+
+    Without weights of its own, vLLM fills them with small random numbers.
+    """
 
     path: Path
     spec: dict[str, Any]
+    has_weights: bool = True
 
     @property
     def shape(self) -> str:
@@ -77,7 +81,7 @@ class Host:
     """A process that runs one engine at a time, of any method and model."""
 
     def __init__(self) -> None:
-        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._process = _process()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._process.submit(function, *args).result()
@@ -89,7 +93,7 @@ class Host:
             RuntimeError: The engine took another amount of memory.
         """
         num_blocks = pool_bytes // model.block_bytes(method)
-        common = {
+        common: dict[str, Any] = {
             # vLLM's "auto" turns float32 into a narrower type.
             "dtype": model.spec["dtype"],
             "block_size": BLOCK_SIZE,
@@ -98,12 +102,15 @@ class Host:
             "num_gpu_blocks_override": num_blocks,
             "seed": 0,
         }
+        if not model.has_weights:
+            common["load_format"] = "dummy"
         pool = self.call(serving_engine.start, model.path, common | settings | method.settings)
         if pool.num_bytes != num_blocks * model.block_bytes(method):
             raise RuntimeError(f"{method.name}: {pool} instead of {pool_bytes} bytes")
 
     def make(self, model: Model) -> None:
-        self.call(serving_engine.make_checkpoint, model.path, model.spec)
+        make = serving_engine.make_checkpoint if model.has_weights else serving_engine.make_folder
+        self.call(make, model.path, model.spec)
 
     def stop(self) -> None:
         self.call(serving_engine.stop)
@@ -111,11 +118,20 @@ class Host:
     def close(self) -> None:
         self._process.shutdown(cancel_futures=True)
 
+    def renew(self) -> None:
+        """Go on in another process: what an engine leaves on a GPU ends with its process."""
+        self.close()
+        self._process = _process()
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
 
 @contextmanager
-def hosts(number: int) -> Iterator[list[Host]]:
+def hosts(number: int, **environment: str) -> Iterator[list[Host]]:
     """Processes that end with the block."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | environment)
     processes = [Host() for _ in range(number)]
     try:
         yield processes

@@ -59,7 +59,7 @@ def memory(processes: Sequence[Host], folder: Path, effort: Effort) -> Iterator[
         for method in _memory_methods():
             served = _serve_pictures(host, model, method, pool_bytes, effort)
             baseline = baseline or served
-            yield from _memory_rows(model, method, served, baseline, pool_bytes, effort)
+            yield from memory_rows(model, method, served, baseline, pool_bytes, effort)
 
 
 def _memory_methods() -> tuple[Method, ...]:
@@ -101,7 +101,7 @@ def _serve_pictures(
     return served
 
 
-def _memory_rows(
+def memory_rows(
     model: Model,
     method: Method,
     served: Served,
@@ -109,6 +109,7 @@ def _memory_rows(
     pool_bytes: int,
     effort: Effort,
 ) -> Iterator[Row]:
+    """How much ran at once, and how fast."""
     shape = (
         f"{effort.num_requests} x {served.prompt_tokens}+{effort.max_tokens} tokens, "
         f"{pool_bytes / 2**20:.0f} MiB KV, {model.shape}"

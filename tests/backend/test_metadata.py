@@ -6,23 +6,30 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vllm_zipvl.backend.metadata import DecodeBatch, ZipVLMetadata
+from vllm_zipvl.backend.metadata import Batch, ZipVLMetadata
+from vllm_zipvl.cache.messages import ChunkPlan
 
 BLOCK_SIZE, NUM_ROWS, NUM_SLOTS, NOBODY = 16, 4, 3, 3
 
 
-def make_metadata(seq_lens: torch.Tensor, block_table: torch.Tensor) -> ZipVLMetadata:
-    starts = torch.arange(NUM_ROWS + 1, dtype=torch.int32)
-    return ZipVLMetadata(starts, seq_lens, block_table, NUM_ROWS, max_queries=1)
-
-
-def make_worker(slot_of_block: torch.Tensor, compressed_lens: torch.Tensor) -> Any:
+def make_worker(
+    slot_of_block: torch.Tensor, compressed_lens: torch.Tensor, *chunks: ChunkPlan
+) -> Any:
     return SimpleNamespace(
         slot_of_block=slot_of_block,
-        chunk_of_block={},
-        heap=SimpleNamespace(compressed_lens=compressed_lens),
+        chunk_of_block={chunk.last_block_id: chunk for chunk in chunks},
+        heap=SimpleNamespace(tables=SimpleNamespace(compressed_lens=compressed_lens)),
         nobody=NOBODY,
     )
+
+
+def resolve(
+    num_queries: list[int], seq_lens: torch.Tensor, block_table: torch.Tensor, worker: Any
+) -> Batch:
+    starts = torch.tensor([0, *num_queries]).cumsum(0).int()
+    total, most = sum(num_queries), max(num_queries)
+    metadata = ZipVLMetadata(starts, seq_lens, block_table, total, max_queries=most)
+    return metadata.resolve(worker, BLOCK_SIZE)
 
 
 def single_queries(
@@ -30,11 +37,12 @@ def single_queries(
     block_table: torch.Tensor,
     slot_of_block: torch.Tensor,
     compressed_lens: torch.Tensor,
-) -> DecodeBatch:
+) -> tuple[torch.Tensor, ...]:
     worker = make_worker(slot_of_block, compressed_lens)
-    batch = make_metadata(seq_lens, block_table).resolve(worker, 0, BLOCK_SIZE)
+    batch = resolve([1] * NUM_ROWS, seq_lens, block_table, worker)
     assert not batch.prompts and batch.decodes is not None
-    return batch.decodes
+    assert batch.decodes.tokens == slice(0, NUM_ROWS)
+    return tuple(batch.decodes.rows)
 
 
 def ints(*values: Any) -> torch.Tensor:
@@ -44,7 +52,7 @@ def ints(*values: Any) -> torch.Tensor:
 def test_a_captured_step_follows_its_buffers() -> None:
     # At capture the rows are nobody's; tracing fails where Python needs a tensor's value.
     nobodys = torch.full((8,), -1, dtype=torch.int32)
-    captured = make_fx(lambda *buffers: tuple(single_queries(*buffers).rows))(
+    captured = make_fx(single_queries)(
         ints(64, 64, 64, 64), torch.zeros(NUM_ROWS, 4, dtype=torch.int32), nobodys, ints(0, 0, 0, 0)
     )
     slot_of_block = nobodys.clone()
@@ -59,11 +67,19 @@ def test_a_captured_step_follows_its_buffers() -> None:
     assert context_lens.tolist() == [40, 16, 0, 0]
 
 
-def test_the_first_layer_resolves_anew() -> None:
-    slot_of_block = ints(0, 1, 2, 0)
-    worker = make_worker(slot_of_block, ints(0, 0, 0, 0))
-    metadata = make_metadata(ints(5, 5, 5, 5), torch.arange(NUM_ROWS)[:, None].int())
-    warm_up = metadata.resolve(worker, 0, BLOCK_SIZE)
-    captured = metadata.resolve(worker, 0, BLOCK_SIZE)
-    assert captured is not warm_up
-    assert metadata.resolve(worker, 1, BLOCK_SIZE) is captured
+def test_a_chunk_of_one_token_is_among_the_decodes_whatever_is_beside_it() -> None:
+    chunk = ChunkPlan("a", 0, 4, 10, 20, False, False)
+    worker = make_worker(ints(-1, -1, 2, -1, 0, 1, -1, -1), ints(0, 0, 16, 0), chunk)
+    # A longer chunk, a single token that may end a prompt, a decode step, and nobody's row.
+    table = ints([3, 4], [5, 0], [1, 2], [6, 7])
+    batch = resolve([10, 1, 1, 1], ints(20, 9, 30, 5), table, worker)
+    (prompt,) = batch.prompts
+    assert (prompt.chunk, prompt.first_token) == (chunk, 0)
+    decodes = batch.decodes
+    assert decodes is not None
+    assert torch.as_tensor(decodes.tokens).tolist() == [10, 11]
+    assert decodes.rows.slots.tolist() == [1, 2]
+    assert decodes.rows.rows.tolist() == [1, 2]
+    assert decodes.rows.tail_starts.tolist() == [0, 16]
+    assert decodes.rows.context_lens.tolist() == [9, 30]
+    assert torch.as_tensor(decodes.last).tolist() == [0, 1]

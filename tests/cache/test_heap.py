@@ -47,13 +47,13 @@ def make_kv(geometry: PageGeometry, num_tokens: int, seed: int = 0) -> torch.Ten
 def page_ids(heap: PageHeap, layer: int, slot: int, precision: int) -> torch.Tensor:
     """The slot's pages in the order in which they filled."""
     bits = heap.geometry.bits[precision]
-    num = heap.geometry.num_pages(int(heap.page_counts[layer, slot, precision]), bits)
-    table = heap.page_table[layer, slot]
+    num = heap.geometry.num_pages(int(heap.tables.page_counts[layer, slot, precision]), bits)
+    table = heap.tables.page_table[layer, slot]
     return table[:num] if precision == 0 else table.flip(0)[:num]
 
 
 def read(heap: PageHeap, layer: int, slot: int, precision: int) -> torch.Tensor:
-    num_tokens = int(heap.page_counts[layer, slot, precision])
+    num_tokens = int(heap.tables.page_counts[layer, slot, precision])
     ids = page_ids(heap, layer, slot, precision)
     bits = heap.geometry.bits[precision]
     return read_pages(heap.memory, ids, num_tokens, bits, torch.float16, heap.geometry)
@@ -71,7 +71,7 @@ def through_codec(
 
 def assert_holds(heap: PageHeap, layer: int, slot: int, precision: int, kv: torch.Tensor) -> None:
     bits = heap.geometry.bits[precision]
-    norm = KeyNorm(*heap.key_norms[layer, slot])
+    norm = KeyNorm(*heap.tables.key_norms[layer, slot])
     expected = through_codec(kv, bits, heap.geometry, norm)
     assert torch.equal(read(heap, layer, slot, precision), expected)
 
@@ -88,9 +88,8 @@ def store(
     """Write tokens [layers, n, heads, 2 * head_size], some kept [layers, n]; pages in use after."""
     counts = torch.stack([kept.sum(1), (~kept).sum(1) * bool(heap.geometry.low_bits)], 1).int()
     before, num_pages = heap.take_pages(slot, counts, blocks, first_page)
-    tables = PageTables(
-        heap.memory, heap.page_table[:, slot], before, heap.key_norms[:, slot], heap.geometry
-    )
+    entries = heap.tables.page_table[:, slot], before, heap.tables.key_norms[:, slot]
+    tables = PageTables(heap.memory, *entries, heap.geometry)
     # Blocks of one token each.
     write_tokens(
         list(kv[:, :, :, None]), torch.arange(kv.shape[1]), kept, tables, takes_norms=takes_norms
@@ -125,13 +124,13 @@ def test_pages_are_taken_in_the_order_of_the_cursor() -> None:
         assert int(num_pages) == cursor.num_pages
         first = cursor.num_pages
     for layer in range(2):
-        table = heap.page_table[layer, 1].tolist()
+        table = heap.tables.page_table[layer, 1].tolist()
         kept, rest = held[layer]
         assert table[: len(kept)] == kept
         assert table[::-1][: len(rest)] == rest
         assert not any(table[len(kept) : len(table) - len(rest)])
-    assert torch.equal(heap.page_counts[:, 1], counts)
-    assert not heap.page_counts[:, 0].any() and not heap.page_table[:, 0].any()
+    assert torch.equal(heap.tables.page_counts[:, 1], counts)
+    assert not heap.tables.page_counts[:, 0].any() and not heap.tables.page_table[:, 0].any()
 
 
 def test_too_small_a_reserve_shows_in_the_count() -> None:
@@ -140,7 +139,7 @@ def test_too_small_a_reserve_shows_in_the_count() -> None:
     new = torch.full((2, 2), 60, dtype=torch.int32)
     _, num_pages = heap.take_pages(0, new, [5], geometry.pages_per_block - 1)
     assert int(num_pages) > geometry.pages_per_block
-    table = heap.page_table[:, 0]
+    table = heap.tables.page_table[:, 0]
     assert set((table[table > 0] // geometry.pages_per_block).tolist()) == {5}
 
 
@@ -168,7 +167,7 @@ def test_evicted_tokens_take_no_page() -> None:
     heap = make_heap(geometry)
     kv = torch.stack([make_kv(geometry, 100)] * 2)
     assert store(heap, 0, kv, torch.zeros(2, 100, dtype=torch.bool), []) == 0
-    assert not heap.page_counts.any()
+    assert not heap.tables.page_counts.any()
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -180,9 +179,9 @@ def test_only_quantised_keys_are_stored_normalised(bits: int) -> None:
     num_pages = store(heap, 1, kv, kept, BLOCK_IDS, takes_norms=True)
     # Later tokens use the statistics of the first.
     more = torch.stack([make_kv(geometry, 9, seed=7)] * 2)
-    norms = heap.key_norms[:, 1].clone()
+    norms = heap.tables.key_norms[:, 1].clone()
     store(heap, 1, more, kept[:, :9], BLOCK_IDS, num_pages)
-    assert torch.equal(heap.key_norms[:, 1], norms)
+    assert torch.equal(heap.tables.key_norms[:, 1], norms)
     for layer in range(2):
         keys = kv[layer].float().chunk(2, dim=-1)[0]
         mean, scale = norms[layer]
@@ -198,7 +197,7 @@ def test_only_quantised_keys_are_stored_normalised(bits: int) -> None:
         plain = KeyNorm(torch.zeros_like(norms[0, 0]), torch.ones_like(norms[0, 1]))
         assert torch.allclose(held, through_codec(normalised, bits, geometry, plain), atol=1e-3)
     heap.reset(1)
-    assert not heap.key_norms[:, 1, 0].any() and (heap.key_norms[:, 1, 1] == 1).all()
+    assert not heap.tables.key_norms[:, 1, 0].any() and (heap.tables.key_norms[:, 1, 1] == 1).all()
 
 
 def test_a_reset_empties_one_slot_only() -> None:
@@ -208,10 +207,10 @@ def test_a_reset_empties_one_slot_only() -> None:
     kvs = [torch.stack([make_kv(geometry, 30, seed=slot)] * 2) for slot in range(NUM_SLOTS)]
     for slot, kv in enumerate(kvs):
         store(heap, slot, kv, kept, BLOCK_IDS[8 * slot :])
-        heap.compressed_lens[slot] = 32
+        heap.tables.compressed_lens[slot] = 32
     heap.reset(0)
-    assert heap.compressed_lens.tolist() == [0, 32]
-    assert heap.page_counts[0, :, 0].tolist() == [0, 30]
+    assert heap.tables.compressed_lens.tolist() == [0, 32]
+    assert heap.tables.page_counts[0, :, 0].tolist() == [0, 30]
     assert_holds(heap, 0, 1, 0, kvs[1][0])
 
     store(heap, 0, kvs[1][:, :3], kept[:, :3], BLOCK_IDS)

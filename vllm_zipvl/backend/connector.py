@@ -35,7 +35,7 @@ from vllm_zipvl.backend.planner import StepPlanner
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.manager import ZipVLManager
 from vllm_zipvl.cache.messages import StepPlan, StepReport
-from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec
+from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec, make_tables
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -85,7 +85,11 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         layers = self._vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for name in kv_caches]
         tail_probes = [impl.tail_probes for impl in impls if impl.tail_probes is not None]
-        self.worker.register(kv_caches, impls[0].tables, tail_probes)
+        tables = impls[0].tables
+        if tables is None:
+            device = next(iter(kv_caches.values())).device
+            tables = make_tables(self.worker.rules, self._vllm_config, device)
+        self.worker.register(kv_caches, tables, tail_probes)
         started = time.monotonic()
         self.worker.warm_up()
         seconds = time.monotonic() - started

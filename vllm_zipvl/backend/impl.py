@@ -15,7 +15,7 @@ from vllm_zipvl.backend.requirements import check_layer
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.heap import HeapTables
-from vllm_zipvl.cache.spec import CacheRules
+from vllm_zipvl.cache.spec import CacheRules, make_tables
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PAGE_TOKENS
 from vllm_zipvl.ops.decode_attention import decode_attention
@@ -28,6 +28,9 @@ from vllm_zipvl.ops.prefill_attention import (
 
 logger = init_logger("vllm.zipvl")
 
+AUTO_LENGTH = -1
+"""What `--max-model-len auto` comes down to."""
+
 
 def _worker() -> ZipVLWorker | None:
     """This rank's worker; None before it has memory, as in profiling runs."""
@@ -39,18 +42,23 @@ def _worker() -> ZipVLWorker | None:
     return worker if worker is not None and worker.heap is not None else None
 
 
-def _tables(vllm_config: VllmConfig, num_kv_heads: int, head_size: int) -> HeapTables:
-    """The engine's one set of tables, made with the first of its layers."""
+def _tables(
+    vllm_config: VllmConfig, num_kv_heads: int, head_size: int, device: torch.device
+) -> HeapTables | None:
+    """The engine's one set of tables, made with the first of its layers.
+
+    None where vLLM has yet to find out how long a request may be.
+    """
     for layer in vllm_config.compilation_config.static_forward_context.values():
         impl = getattr(layer, "impl", None)
         if isinstance(impl, ZipVLAttentionImpl):
             return impl.tables
     model = vllm_config.model_config
+    if model.original_max_model_len == AUTO_LENGTH:
+        return None
     # The tables do not depend on the size of a block, which may not be known yet.
     rules = CacheRules.of_layers(vllm_config, num_kv_heads, head_size, PAGE_TOKENS, model.dtype)
-    num_slots = vllm_config.scheduler_config.max_num_seqs
-    max_tokens = model.max_model_len if rules.config.compress else 0
-    return HeapTables(rules.geometry, num_slots + 1, max_tokens)
+    return make_tables(rules, vllm_config, device)
 
 
 class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
@@ -90,17 +98,15 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         vllm_config = get_current_vllm_config()
         config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
-        num_slots = vllm_config.scheduler_config.max_num_seqs
-        self.tables = _tables(vllm_config, self.num_kv_heads, head_size)
+        dtype, device = vllm_config.model_config.dtype, torch.device(current_platform.device_type)
+        self.tables = _tables(vllm_config, self.num_kv_heads, head_size, device)
         self.tail_probes: TailProbes | None = None
         if config.compress:
-            self.tail_probes = TailProbes(num_slots, num_heads, head_size, self.scale)
-        self.prefill_kernel = find_kernel(
-            config.prefill_kernel,
-            current_platform.device_type,
-            vllm_config.model_config.dtype,
-            head_size,
-        )
+            num_slots = vllm_config.scheduler_config.max_num_seqs
+            shape = (num_slots + 1, num_heads, head_size)
+            self.tail_probes = TailProbes(shape, self.scale, dtype, device)
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.prefill_kernel = find_kernel(config.prefill_kernel, device.type, dtype, head_size)
         logger.info_once("zipvl: prefill attention by %s", self.prefill_kernel)
 
     def do_kv_cache_update(
@@ -145,18 +151,27 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
             raise NotImplementedError("zipvl does not fuse output quantisation")
         worker = _worker()
         if attn_metadata is None or worker is None:
+            self._take_scratch(query)
             return output.zero_()
         if worker.plan is None and attn_metadata.max_queries > 1:
             # A warm-up on no request. One of single queries may be the capture of a CUDA graph.
             return output.zero_()
         layer_index = worker.layer_index(layer.layer_name)
-        batch = attn_metadata.resolve(worker, layer_index, kv_cache.shape[2])
+        batch = attn_metadata.resolve(worker, kv_cache.shape[2])
         out = output.view(-1, self.num_heads, self.head_size)
         for row in batch.prompts:
             self._attend_prompt(worker, layer_index, row, query, key, value, kv_cache, out)
         if batch.decodes is not None:
             self._attend_decodes(worker, layer_index, batch.decodes, attn_metadata, query, out)
         return output
+
+    def _take_scratch(self, query: torch.Tensor) -> None:
+        """Hold for a moment what a prompt's last chunk may take, so that profiling runs see it.
+
+        Keys and values of the context: gathered, joined with the chunk's, and the kept ones.
+        """
+        context = 3 * 2 * self.max_model_len * self.num_kv_heads * self.head_size
+        query.new_empty(context + 2 * query.numel())
 
     def _attend_prompt(
         self,
@@ -193,10 +208,11 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         out: torch.Tensor,
     ) -> None:
         context = worker.context(layer_index, metadata.block_table)
-        q = query[decodes.tokens]
-        result = torch.empty_like(q)
+        q, tokens = query[decodes.tokens], decodes.tokens
+        result = out[tokens] if isinstance(tokens, slice) else torch.empty_like(q)
         lse = decode_attention(q, context, decodes.rows, self.scale, result)
-        out[decodes.tokens] = result
+        if not isinstance(tokens, slice):
+            out[tokens] = result
         if self.tail_probes is not None and worker.notes_queries:
             last = decodes.last
             self.tail_probes.note(decodes.rows.slots[last], q[last], lse[last])

@@ -27,15 +27,15 @@ class PromptRow(NamedTuple):
 
 
 class DecodeBatch(NamedTuple):
-    """All queries that attend over a finished prompt.
+    """All queries that attend to all of their context: decode steps, and chunks of one token.
 
     Attributes:
-        tokens: Their places in the batch, int64 [num_queries].
+        tokens: Their places in the batch, an index.
         rows: Where their contexts lie.
         last: Which of them are their rows' last ones, an index.
     """
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor | slice
     rows: DecodeRows
     last: torch.Tensor | slice
 
@@ -67,25 +67,22 @@ class ZipVLMetadata(AttentionMetadata):
     max_queries: int
     batch: Batch | None = None
 
-    def resolve(self, worker: ZipVLWorker, layer_index: int, block_size: int) -> Batch:
-        """The rows by kind; rows that end in a block that no plan named are left out.
-
-        The first layer does it anew: what is captured of one run must not come from another.
-        """
-        if self.batch is None or layer_index == 0:
+    def resolve(self, worker: ZipVLWorker, block_size: int) -> Batch:
+        """The rows by kind; rows that end in a block that no plan named are left out."""
+        if self.batch is None:
             self.batch = _resolve(self, worker, block_size)
         return self.batch
 
 
 def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> Batch:
     starts, table = metadata.query_start_loc, metadata.block_table
-    num_queries = starts[1:] - starts[:-1]
     last_index = (metadata.seq_lens.long() - 1).clamp(min=0) // block_size
     last_blocks = table.gather(1, last_index[:, None])
     slots = worker.slot_of_block[last_blocks[:, 0]]
     is_uniform = metadata.max_queries == 1 and metadata.num_tokens == len(slots)
     if is_uniform and not worker.chunk_of_block:
         return Batch([], _single_queries(metadata, worker, slots))
+    num_queries = starts[1:] - starts[:-1]
     is_decode = (num_queries > 0) & (metadata.seq_lens > 0) & (slots >= 0)
     prompts = []
     for row, block_id in enumerate(last_blocks[:, 0].tolist() if worker.chunk_of_block else ()):
@@ -102,7 +99,7 @@ def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> B
 def _single_queries(
     metadata: ZipVLMetadata, worker: ZipVLWorker, slots: torch.Tensor
 ) -> DecodeBatch:
-    """A query of every row, none of which computes a prompt; waits for nothing on a GPU.
+    """A query of every row, none of which computes a longer chunk; waits for nothing on a GPU.
 
     Rows that are nobody's attend to nothing.
     """
@@ -113,10 +110,10 @@ def _single_queries(
     rows = DecodeRows(
         slots=slots,
         rows=every,
-        tail_starts=worker.heap.compressed_lens[slots],
+        tail_starts=worker.heap.tables.compressed_lens[slots],
         context_lens=torch.where(is_somebodys, metadata.seq_lens, 0),
     )
-    return DecodeBatch(every.long(), rows, slice(None))
+    return DecodeBatch(slice(0, len(slots)), rows, slice(None))
 
 
 def _decode_batch(
@@ -134,7 +131,7 @@ def _decode_batch(
     decode_rows = DecodeRows(
         slots=slots,
         rows=rows.int(),
-        tail_starts=worker.heap.compressed_lens[slots],
+        tail_starts=worker.heap.tables.compressed_lens[slots],
         context_lens=metadata.seq_lens[rows] - ahead,
     )
     return DecodeBatch(last_token - ahead, decode_rows, num_queries.cumsum(0) - 1)

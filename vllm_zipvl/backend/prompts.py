@@ -12,6 +12,7 @@ from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.selection import Selection, cap_selections, keep_all, select
 from vllm_zipvl.ops.probe_scores import probe_scores
+from vllm_zipvl.ops.transfer import to_device
 
 
 class ProbeQueries(NamedTuple):
@@ -29,6 +30,8 @@ class PromptState:
         chunk: The newest chunk.
         random_positions: Random probes of the earlier chunks.
         random_mass: Per layer, their attention mass, float32 [tokens so far].
+        positions: Of the newest chunk's probes, random ones first, int64; None until a layer needs
+            them.
         num_visible: How many probes may see each token, float32 [end of the newest chunk]; None
             until a layer needs it.
         selections: Per layer, the selection of the last chunk.
@@ -38,6 +41,7 @@ class PromptState:
     chunk: ChunkPlan
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
+    positions: torch.Tensor | None = None
     num_visible: torch.Tensor | None = None
     selections: dict[int, Selection] = field(default_factory=dict)
     waiting: dict[int, ProbeQueries] = field(default_factory=dict)
@@ -80,6 +84,18 @@ class PromptSelector:
             config.seed, chunk.start, chunk.end, config.probe_recent, config.probe_random
         )
 
+    def _prompt_of(self, chunk: ChunkPlan) -> PromptState:
+        """The prompt that a chunk belongs to; it is its newest one from now on."""
+        prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
+        if prompt.chunk is not chunk:
+            prompt.chunk, prompt.positions, prompt.num_visible = chunk, None, None
+        return prompt
+
+    def _positions(self, prompt: PromptState, device: torch.device) -> torch.Tensor:
+        if prompt.positions is None:
+            prompt.positions = to_device(np.concatenate(self._probes(prompt.chunk)), device)
+        return prompt.positions
+
     def select(
         self, layer: int, chunk: ChunkPlan, query: torch.Tensor, key: torch.Tensor, scale: float
     ) -> Selection | None:
@@ -100,11 +116,9 @@ class PromptSelector:
             return None
         if chunk.attends_densely and not self.config.compress:
             return None
-        prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
-        if prompt.chunk is not chunk:
-            prompt.chunk, prompt.num_visible = chunk, None
-        positions = np.concatenate(self._probes(chunk)) - chunk.start
-        probes = ProbeQueries(query[torch.from_numpy(positions).to(query.device)], scale)
+        prompt = self._prompt_of(chunk)
+        positions = self._positions(prompt, query.device)
+        probes = ProbeQueries(query[positions - chunk.start], scale)
         if chunk.ends_prompt and not is_sparse:
             prompt.waiting[layer] = probes
             return None
@@ -125,9 +139,7 @@ class PromptSelector:
             queries: The token's, one of each layer.
         """
         if self._is_compressed_after(chunk):
-            prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
-            prompt.chunk, prompt.num_visible = chunk, None
-            prompt.waiting = dict(enumerate(queries))
+            self._prompt_of(chunk).waiting = dict(enumerate(queries))
 
     def _choose(
         self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
@@ -140,18 +152,17 @@ class PromptSelector:
         random, recent = self._probes(prompt.chunk)
         if prompt.num_visible is None:
             positions = np.concatenate([prompt.random_positions, random, recent])
-            visible = torch.from_numpy(num_visible_probes(positions, end))
-            prompt.num_visible = visible.to(mass.device, mass.dtype)
+            visible = num_visible_probes(positions, end)
+            prompt.num_visible = to_device(visible, mass.device, mass.dtype)
         return select(mass, prompt.num_visible, len(recent), self.config)
 
     def _accumulate_mass(
         self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
     ) -> torch.Tensor:
         """Mass of this chunk's probes and of the earlier chunks' random ones, float32 [end]."""
-        random_positions, recent_positions = self._probes(prompt.chunk)
-        positions = torch.from_numpy(np.concatenate([random_positions, recent_positions]))
-        positions = positions.to(key.device)
-        mass = probe_scores(probes.queries, positions, len(random_positions), key, probes.scale)
+        positions = self._positions(prompt, key.device)
+        num_random = len(self._probes(prompt.chunk).random)
+        mass = probe_scores(probes.queries, positions, num_random, key, probes.scale)
         random, recent = self._sum_over_ranks(torch.stack(mass))
         earlier = prompt.random_mass.pop(layer, None)
         if earlier is not None:

@@ -2,11 +2,13 @@
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_zipvl.backend.requirements import check_supported
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED
+from vllm_zipvl.ops.prefill_attention import find_kernel
 
 logger = init_logger("vllm.zipvl")
 
@@ -19,6 +21,17 @@ def validate(vllm_config: VllmConfig) -> ZipVLConfig:
     """
     config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
     check_supported(vllm_config, config)
+    model = vllm_config.model_config
+    if model is not None and config.prefill_kernel != "auto":
+        try:
+            find_kernel(
+                config.prefill_kernel,
+                current_platform.device_type,
+                model.dtype,
+                model.get_head_size(),
+            )
+        except ValueError as error:
+            raise ValueError(f"zipvl.prefill_kernel: {error}") from error
     return config
 
 

@@ -1,23 +1,31 @@
-"""The newest query of every request, which decides what of a tail is kept."""
+"""The newest query of every request: it decides on its tail, or on a prompt that it ends."""
 
 import torch
 
 
 class TailProbes:
-    """Of one layer, by slot; one slot more is for rows that are nobody's.
+    """Of one layer, by slot; the last slot is for rows that are nobody's.
 
     Made with the layer, so that vLLM's memory profiling counts them, and written in place, so that
     CUDA graphs can write them.
 
     Attributes:
-        queries: [num_slots + 1, num_heads, head_size].
-        lse: Softmax denominators, float32 [num_slots + 1, num_heads].
+        queries: [num_slots, num_heads, head_size].
+        lse: Softmax denominators, float32 [num_slots, num_heads].
         scale: Softmax scale.
+
+    Args:
+        shape: num_slots, num_heads, head_size.
+        scale: Softmax scale.
+        dtype: Of queries.
+        device: Of everything.
     """
 
-    def __init__(self, num_slots: int, num_heads: int, head_size: int, scale: float) -> None:
-        self.queries = torch.zeros(num_slots + 1, num_heads, head_size)
-        self.lse = torch.zeros(num_slots + 1, num_heads, dtype=torch.float32)
+    def __init__(
+        self, shape: tuple[int, int, int], scale: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.queries = torch.zeros(shape, dtype=dtype, device=device)
+        self.lse = torch.zeros(shape[:2], dtype=torch.float32, device=device)
         self.scale = scale
 
     def note(self, slots: torch.Tensor, query: torch.Tensor, lse: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from vllm_zipvl.core.selection import num_to_keep, top_mask
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import write_pages
+from vllm_zipvl.ops.transfer import to_device
 
 
 class ZipVLWorker:
@@ -24,6 +25,7 @@ class ZipVLWorker:
         rules: CacheRules,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
+        self.rules = rules
         self.config = rules.config
         self.geometry = rules.geometry
         self.heap: PageHeap | None = None
@@ -106,23 +108,23 @@ class ZipVLWorker:
             layer: Index of the layer.
             block_table: int32 [num_rows, max_blocks].
         """
-        heap = self.heap
-        assert heap is not None
+        assert self.heap is not None
+        tables = self.heap.tables
         return CachedContext(
             kv_cache=self._kv_caches[layer],
-            heap=heap.memory,
-            page_table=heap.page_table[layer],
-            page_counts=heap.page_counts[layer],
+            heap=self.heap.memory,
+            page_table=tables.page_table[layer],
+            page_counts=tables.page_counts[layer],
             block_table=block_table,
             geometry=self.geometry,
-            key_norms=heap.key_norms[layer],
+            key_norms=tables.key_norms[layer],
         )
 
     @property
     def nobody(self) -> int:
         """The slot that holds nothing, for rows that are nobody's."""
         assert self.heap is not None
-        return self.heap.compressed_lens.shape[0] - 1
+        return self.heap.tables.compressed_lens.shape[0] - 1
 
     def layer_index(self, layer_name: str) -> int:
         return self._layer_index[layer_name]
@@ -133,6 +135,9 @@ class ZipVLWorker:
         self.plan = plan
         self._launched_before |= self._launched
         self._launched = {}
+        if plan.new_slots:
+            # A sleep of level 2 loses what is nobody's with all that is made with the layers.
+            self.heap.reset(self.nobody)
         for slot in plan.new_slots:
             self.heap.reset(slot)
             self.prompts.forget(slot)
@@ -141,7 +146,7 @@ class ZipVLWorker:
         is_tail_due = any(not compression.is_prompt for compression in plan.compressions)
         self.notes_queries = is_tail_due or len(many) < len(plan.chunks)
         if plan.slot_of_block:
-            named = torch.tensor(list(plan.slot_of_block.items()), device=self.heap.memory.device)
+            named = to_device(list(plan.slot_of_block.items()), self.heap.memory.device)
             self.slot_of_block[named[:, 0]] = named[:, 1].int()
 
     def end_step(self) -> None:
@@ -190,7 +195,7 @@ class ZipVLWorker:
     def _dense_kv(self, plan: CompressionPlan, layer: int, end: int) -> torch.Tensor:
         """Tokens [plan.start, end), [num_tokens, num_kv_heads, 2 * head_size]."""
         kv_cache = self._kv_caches[layer]
-        block_ids = torch.tensor(plan.dense_block_ids, device=kv_cache.device)
+        block_ids = to_device(plan.dense_block_ids, kv_cache.device)
         return gather_kv(kv_cache, block_ids, 0, end - plan.start)
 
     def _kept_of_tail(self, plan: CompressionPlan) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ import torch
 from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
 from vllm_zipvl.ops.page_codec import PageTables, write_tokens
+from vllm_zipvl.ops.transfer import to_device
 
 
 class Compression:
@@ -59,12 +60,17 @@ def compress(
     num_rest = masks.shape[1] - num_kept if geometry.low_bits else torch.zeros_like(num_kept)
     num_new = torch.stack([num_kept, num_rest], dim=1).int()
     before, num_pages = heap.take_pages(plan.slot, num_new, plan.heap_block_ids, plan.first_page)
+    entries = heap.tables
     tables = PageTables(
-        heap.memory, heap.page_table[:, plan.slot], before, heap.key_norms[:, plan.slot], geometry
+        heap.memory,
+        entries.page_table[:, plan.slot],
+        before,
+        entries.key_norms[:, plan.slot],
+        geometry,
     )
-    block_ids = torch.tensor(plan.dense_block_ids, device=masks.device)
+    block_ids = to_device(plan.dense_block_ids, masks.device)
     # A request's pages are read with one set of statistics: those of its first tokens.
     write_tokens(kv_caches, block_ids, masks, tables, takes_norms=plan.start == 0)
-    heap.compressed_lens[plan.slot] = plan.end
+    entries.compressed_lens[plan.slot].fill_(plan.end)
     num_reserved = len(plan.heap_block_ids) * geometry.pages_per_block
     return Compression(torch.cat([num_pages[None], num_kept]), num_reserved)

@@ -6,6 +6,7 @@ Counts and page ids are tensors, so that a GPU need not be waited for.
 import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.ops.transfer import to_device
 
 
 class HeapTables:
@@ -19,6 +20,12 @@ class HeapTables:
         page_counts: int32 [num_layers, num_slots, 2], tokens in pages: kept, rest.
         key_norms: float32 [num_layers, num_slots, 2, num_kv_heads, head_size].
         compressed_lens: int32 [num_slots], tokens that are in pages or evicted.
+
+    Args:
+        geometry: Shapes of pages.
+        num_slots: How many requests have pages at a time.
+        max_tokens: How many tokens of a request may be in pages.
+        device: Of the tables.
     """
 
     def __init__(
@@ -44,26 +51,22 @@ class PageHeap:
 
     Attributes:
         memory: The KV cache's memory as pages, uint8 [num_pages, page_bytes].
-        page_table: Of its `HeapTables`, as the next three.
-        page_counts: Changed in place.
-        key_norms: Changed in place.
-        compressed_lens: Changed in place.
+        tables: Which of them hold what; changed in place.
     """
 
     def __init__(self, memory: torch.Tensor, geometry: PageGeometry, tables: HeapTables) -> None:
         self.memory = memory
         self.geometry = geometry
-        self.page_table = tables.page_table
-        self.page_counts = tables.page_counts
-        self.key_norms = tables.key_norms
-        self.compressed_lens = tables.compressed_lens
+        self.tables = tables
 
     def reset(self, slot: int) -> None:
         """Empty a slot for its new owner."""
-        self.compressed_lens[slot] = 0
-        self.page_counts[:, slot] = 0
-        self.key_norms[:, slot, 0] = 0
-        self.key_norms[:, slot, 1] = 1
+        tables = self.tables
+        # What assigns a number to one element of a GPU's tensor waits for the GPU; this does not.
+        tables.compressed_lens[slot].fill_(0)
+        tables.page_counts[:, slot].fill_(0)
+        tables.key_norms[:, slot, 0].fill_(0)
+        tables.key_norms[:, slot, 1].fill_(1)
 
     def take_pages(
         self, slot: int, num_new: torch.Tensor, heap_block_ids: list[int], first_page: int
@@ -82,17 +85,17 @@ class PageHeap:
             then the last block's pages are named more than once.
         """
         geometry, device = self.geometry, num_new.device
-        table = self.page_table[:, slot]
-        before = self.page_counts[:, slot].clone()
-        self.page_counts[:, slot] += num_new
+        table = self.tables.page_table[:, slot]
+        before = self.tables.page_counts[:, slot].clone()
+        self.tables.page_counts[:, slot] += num_new
         # Host arithmetic of `geometry.num_pages`, on tensors.
         capacity = [geometry.layout(bits).capacity if bits else 1 for bits in geometry.bits]
-        capacities = torch.tensor(capacity, device=device)
+        capacities = to_device(capacity, device)
         held = (before + capacities - 1) // capacities
         needed = (before + num_new + capacities - 1) // capacities - held
         ends = first_page + needed.flatten().cumsum(0)
         starts = (ends - needed.flatten()).view_as(needed)
-        blocks = torch.tensor(heap_block_ids or [0], device=device)
+        blocks = to_device(heap_block_ids or [0], device)
         per_block, width = geometry.pages_per_block, table.shape[1]
         for precision, bits in enumerate(geometry.bits):
             if bits == 0:

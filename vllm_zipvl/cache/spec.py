@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_zipvl.cache.heap import HeapTables
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 
@@ -96,3 +97,10 @@ class CacheRules:
         # `max_kept` bounds what is kept of a prompt; of a tail all may be kept.
         num_pages = self.geometry.max_new_pages(end, max_high=end)
         return self.geometry.num_blocks(max(num_pages, self.num_reserved_pages(num_tokens)))
+
+
+def make_tables(rules: CacheRules, vllm_config: VllmConfig, device: torch.device) -> HeapTables:
+    """Tables for as many requests as may run, and a slot more for rows that are nobody's."""
+    num_slots = vllm_config.scheduler_config.max_num_seqs + 1
+    max_tokens = vllm_config.model_config.max_model_len if rules.config.compress else 0
+    return HeapTables(rules.geometry, num_slots, max_tokens, device)

@@ -9,6 +9,7 @@ import triton.language as tl
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, hadamard
 from vllm_zipvl.ops.tiles import padded
+from vllm_zipvl.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from vllm_zipvl.ops.page_codec.api import PageTables
@@ -247,8 +248,8 @@ def write_pages(
         torch.zeros(1, dtype=torch.int64, device=device),
         order,
         order,
-        torch.tensor([[num_tokens, 0]], dtype=torch.int32, device=device),
-        torch.tensor([[first_slot, 0]], dtype=torch.int32, device=device),
+        to_device([(num_tokens, 0)], device, torch.int32),
+        to_device([(first_slot, 0)], device, torch.int32),
         page_ids,
         num_tokens,
         0,
@@ -277,7 +278,7 @@ def write_tokens(
     num_kept = kept.sum(1)
     counts = torch.stack([num_kept, num_tokens - num_kept], dim=1).int()
     order = torch.argsort(~kept, dim=1, stable=True).int()
-    width = pages.shape[1]
+    width, starts_there = pages.shape[1], to_device(starts, kept.device)
     for precision, bits in enumerate(geometry.bits):
         if bits == 0:
             continue
@@ -288,7 +289,7 @@ def write_tokens(
             heap.view(first.dtype),
             hadamard(geometry.head_size, kept.device),
             norms,
-            torch.tensor(starts, device=kept.device),
+            starts_there,
             block_ids,
             order,
             counts,

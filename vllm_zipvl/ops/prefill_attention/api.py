@@ -30,7 +30,7 @@ def find_kernel(choice: str, device: str, dtype: torch.dtype, head_size: int) ->
     """
     if choice != AUTO:
         if reason := _why_not(choice, device, dtype, head_size):
-            raise ValueError(f"prefill kernel {choice}: {reason}; choose {AUTO}")
+            raise ValueError(f"{choice} does not run here: {reason}; choose {AUTO}")
         return choice
     return next(name for name in _IN_ORDER if not _why_not(name, device, dtype, head_size))
 

@@ -22,7 +22,7 @@ class VarlenAttention(NamedTuple):
 
 @cache
 def find_varlen() -> VarlenAttention | None:
-    """The newest at hand."""
+    """VLLM's version 3 or 2, else the package's."""
     try:
         vllms = import_module("vllm.vllm_flash_attn")
     except ImportError:
@@ -81,7 +81,8 @@ def prefill_attention(
     if len(query) == 0:
         return torch.empty_like(query, memory_format=torch.contiguous_format)
     ends = torch.zeros(2, 2, dtype=torch.int32, device=query.device)
-    ends[0, 1], ends[1, 1] = len(query), len(key)
+    ends[0, 1:].fill_(len(query))
+    ends[1, 1:].fill_(len(key))
     return _attend(query, key, value, ends, scale)
 
 

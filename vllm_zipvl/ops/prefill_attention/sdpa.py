@@ -1,4 +1,7 @@
-"""torch's scaled dot product attention."""
+"""torch's scaled dot product attention.
+
+On a CPU it makes a mask [num_queries, num_tokens].
+"""
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -6,7 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def why_not(device: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """What keeps this kernel from running: nothing."""
+    """What keeps this kernel from running, on devices of a type and queries of a dtype and size."""
+    if device == "cuda" and dtype == torch.float32:
+        return "for float32 on CUDA devices it would make a mask of all queries and tokens"
     return None
 
 

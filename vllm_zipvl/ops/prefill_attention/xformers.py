@@ -6,12 +6,14 @@ from types import ModuleType
 
 import torch
 
+DTYPES = (torch.float16, torch.bfloat16)
+
 
 @cache
 def _fmha() -> ModuleType | None:
     try:
         return import_module("xformers.ops.fmha")
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # the last two of a build for another torch
         return None
 
 
@@ -19,6 +21,8 @@ def why_not(device: str, dtype: torch.dtype, head_size: int) -> str | None:
     """What keeps this kernel from running, on devices of a type and queries of a dtype and size."""
     if device != "cuda":
         return f"it runs on CUDA devices, not on {device}"
+    if dtype not in DTYPES or torch.cuda.get_device_capability() < (8, 0):
+        return f"not all GPUs have it for {dtype}; float16 and bfloat16 from Ampere on do"
     return "xformers is not installed" if _fmha() is None else None
 
 

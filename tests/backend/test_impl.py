@@ -1,0 +1,122 @@
+"""What a layer holds from its start, and what it does while no step is planned."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_zipvl.backend import impl as impl_module
+from vllm_zipvl.backend.impl import ZipVLAttentionImpl
+from vllm_zipvl.backend.metadata import ZipVLMetadata
+from vllm_zipvl.backend.worker import ZipVLWorker
+from vllm_zipvl.cache.messages import ChunkPlan, StepPlan
+from vllm_zipvl.cache.spec import CacheRules
+from vllm_zipvl.ops.prefill_attention import sdpa
+
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 2, 4, 2, 32
+BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS = 16, 6, 3
+NOBODY = NUM_SLOTS
+SCALE = HEAD_SIZE**-0.5
+
+
+class Engine:
+    """Layers, and a worker that has their memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **zipvl: Any) -> None:
+        config: Any = SimpleNamespace(
+            additional_config={"zipvl": zipvl},
+            scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+            parallel_config=None,
+            model_config=SimpleNamespace(
+                dtype=torch.float32,
+                max_model_len=64,
+                original_max_model_len=64,
+                get_num_layers=lambda parallel_config: NUM_LAYERS,
+            ),
+        )
+        monkeypatch.setattr(impl_module, "get_current_vllm_config", lambda: config)
+        self.layers = {}
+        for i in range(NUM_LAYERS):
+            layer = SimpleNamespace(layer_name=f"layers.{i}")
+            layer.impl = ZipVLAttentionImpl(NUM_HEADS, HEAD_SIZE, SCALE, NUM_KV_HEADS)
+            self.layers[layer.layer_name] = layer
+            config.compilation_config.static_forward_context = self.layers
+        shape = (NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE)
+        rules = CacheRules.of_layers(config, *shape, torch.float32)
+        blocks = torch.randn(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+        self.kv_caches = dict(zip(self.layers, blocks.unbind(1), strict=True))
+        self.worker = ZipVLWorker(rules, lambda mass: mass)
+        impls = [layer.impl for layer in self.layers.values()]
+        self.worker.register(self.kv_caches, impls[0].tables, [x.tail_probes for x in impls])
+        monkeypatch.setattr(impl_module, "_worker", lambda: self.worker)
+
+    def forward(self, num_queries: int, seq_lens: list[int]) -> torch.Tensor:
+        """The second layer, rows of as many queries each, all of them in block 1."""
+        starts = num_queries * torch.arange(len(seq_lens) + 1, dtype=torch.int32)
+        table = torch.ones(len(seq_lens), 4, dtype=torch.int32)
+        num_tokens = num_queries * len(seq_lens)
+        lengths = torch.tensor(seq_lens, dtype=torch.int32)
+        metadata = ZipVLMetadata(starts, lengths, table, num_tokens, num_queries)
+        layer = self.layers["layers.1"]
+        query = torch.randn(num_tokens, NUM_HEADS, HEAD_SIZE)
+        key, value = torch.randn(2, num_tokens, NUM_KV_HEADS, HEAD_SIZE)
+        out = torch.full_like(query, torch.nan)
+        self.query = query
+        kv_cache = self.kv_caches["layers.1"]
+        return layer.impl.forward(layer, query, key, value, kv_cache, metadata, out)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    return Engine(monkeypatch)
+
+
+def test_layers_share_one_set_of_tables(engine: Engine) -> None:
+    tables = {id(layer.impl.tables) for layer in engine.layers.values()}
+    assert tables == {id(engine.worker.heap.tables)}
+    assert engine.worker.nobody == NOBODY
+    assert engine.worker.heap.tables.page_counts.shape == (NUM_LAYERS, NUM_SLOTS + 1, 2)
+
+
+def test_single_queries_between_steps_do_what_a_graph_captures(engine: Engine) -> None:
+    engine.worker.begin_step(StepPlan())
+    engine.worker.end_step()
+    probes = engine.layers["layers.1"].impl.tail_probes
+    probes.queries[NOBODY] = torch.nan
+    out = engine.forward(1, [64, 64])
+    # Nobody's rows attend to nothing, and their queries are noted.
+    assert not out.any()
+    assert torch.equal(probes.queries[NOBODY], engine.query[-1])
+
+
+def test_other_runs_between_steps_give_zeros(engine: Engine) -> None:
+    probes = engine.layers["layers.1"].impl.tail_probes
+    assert not engine.forward(2, [16, 16]).any()
+    assert not probes.queries.any()
+
+
+def test_a_new_request_also_empties_what_is_nobodys(engine: Engine) -> None:
+    tables = engine.worker.heap.tables
+    tables.page_counts.fill_(7)
+    tables.compressed_lens.fill_(7)
+    engine.worker.begin_step(StepPlan(new_slots=[1]))
+    assert tables.compressed_lens.tolist() == [7, 0, 7, 0]
+    assert not tables.page_counts[:, [1, NOBODY]].any()
+
+
+@pytest.mark.parametrize("choice", ["auto", "sdpa"])
+def test_prompts_attend_by_the_chosen_kernel(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, prefill_kernel=choice)
+    prefill_attention, calls = sdpa.prefill_attention, []
+
+    def noting(*arguments: Any) -> torch.Tensor:
+        calls.append(choice)
+        return prefill_attention(*arguments)
+
+    monkeypatch.setattr(sdpa, "prefill_attention", noting)
+    chunk = ChunkPlan("a", 0, 1, 0, 16, False, False)
+    engine.worker.begin_step(StepPlan(new_slots=[0], slot_of_block={1: 0}, chunks=[chunk]))
+    assert engine.forward(16, [16]).isfinite().all()
+    assert calls == (["sdpa"] if choice == "sdpa" else [])

@@ -1,0 +1,22 @@
+"""Values of the host on a device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def to_device(
+    values: np.ndarray | Sequence[int] | Sequence[tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A tensor of `values`, int64 if they are Python's; a GPU is not waited for."""
+    if isinstance(values, np.ndarray):
+        tensor = torch.from_numpy(values)
+    else:
+        tensor = torch.tensor(values, device="cpu")
+    if device.type == "cuda":
+        # From pageable memory the copy would wait for all that the GPU was asked to do before.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
