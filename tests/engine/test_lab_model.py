@@ -1,0 +1,80 @@
+"""The trained model that comes with the project: its size, and engine against oracle on it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from zipvl_engine import worker_of, zipvl_engine
+
+from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.hf import ZipVLCache
+
+LAB = Path(__file__).parents[2] / "scripts" / "lab"
+MODEL = LAB / "model"
+NUM_NEW = 12
+LARGEST_FILE, LARGEST_MODEL = 16 * 2**20, 24 * 2**20
+
+
+def test_it_is_small() -> None:
+    sizes = [file.stat().st_size for file in MODEL.iterdir()]
+    assert max(sizes) <= LARGEST_FILE
+    assert sum(sizes) <= LARGEST_MODEL
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(LAB)
+    import questions
+    from method_zipvl import BLOCK_SIZE, LAB_SETTINGS
+
+    return questions, BLOCK_SIZE, LAB_SETTINGS
+
+
+def test_engine_and_oracle_keep_and_answer_the_same(lab) -> None:
+    questions, block_size, settings = lab
+    processor = transformers.AutoProcessor.from_pretrained(MODEL)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        MODEL, attn_implementation="zipvl", dtype=torch.float32
+    )
+    spec = questions.spec_of(model.config)
+    examples = [questions.draw(key, spec) for key in questions.test_set(1)]
+    texts = [questions.prompt(processor, one, one.question) for one in examples]
+
+    expected, expected_masks = [], []
+    for one, text in zip(examples, texts, strict=True):
+        inputs = processor(images=one.images, text=text, return_tensors="pt")
+        cache = ZipVLCache(ZipVLConfig(**settings), block_size)
+        output = model.generate(
+            **inputs, past_key_values=cache, do_sample=False, max_new_tokens=NUM_NEW
+        )
+        expected.append(output[0, inputs.input_ids.shape[1] :].tolist())
+        expected_masks.append(cache.prompt_masks())
+
+    from vllm import SamplingParams
+
+    requests = [
+        {"prompt": text, "multi_modal_data": {"image": one.images}}
+        for one, text in zip(examples, texts, strict=True)
+    ]
+    common = {"dtype": "float32", "block_size": block_size, "max_num_seqs": 1}
+    with zipvl_engine(MODEL, settings, **common) as llm:
+        prompts, masks = worker_of().prompts, []
+        original = prompts.take_masks
+
+        def take_masks(*args: Any) -> list[torch.Tensor]:
+            masks.append(original(*args))
+            return masks[-1]
+
+        prompts.take_masks = take_masks
+        greedy = SamplingParams(temperature=0, max_tokens=NUM_NEW)
+        outputs = llm.generate(requests, greedy, use_tqdm=False)
+    for mine, its in zip(masks, expected_masks, strict=True):
+        for one, other in zip(mine, its, strict=True):
+            # Rounding decides between tokens that tie.
+            assert int((one != other).sum()) <= 2
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    answers = [questions.normal(output.outputs[0].text) for output in outputs]
+    right = [questions.normal(one.answer) for one in examples]
+    assert sum(a == b for a, b in zip(answers, right, strict=True)) >= 9, answers
