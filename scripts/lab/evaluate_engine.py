@@ -44,12 +44,12 @@ def start(folder: Path, name: str) -> Any:
         assert isinstance(method, ZipVL)
         settings = {
             "attention_backend": "zipvl",
+            "block_size": BLOCK_SIZE,
             "additional_config": {"zipvl": {**LAB_SETTINGS, **method.settings}},
         }
     return LLM(
         str(folder),
         dtype="float32",
-        block_size=BLOCK_SIZE,
         max_model_len=4096,
         max_num_seqs=8,
         max_num_batched_tokens=8 * 4096,
