@@ -3,8 +3,10 @@
 Tensors are made on torch's default device.
 """
 
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
@@ -19,6 +21,7 @@ from vllm_zipvl.ops.page_codec import PageTables, write_tokens
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
 from vllm_zipvl.ops.probe_scores import probe_scores
+from vllm_zipvl.ops.transfer import to_device
 
 DTYPE = torch.bfloat16
 RESIDUAL = 32
@@ -59,6 +62,19 @@ def agree(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         raise SystemExit(f"{name} differs from its reference by {error:.3g} > {budget:.3g}")
 
 
+@cache
+def _probes(num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Positions, how many of them may see each token, and how many are random.
+
+    Found once for all layers, as by the backend.
+    """
+    config = ZipVLConfig()
+    probes = probe_positions(0, 0, num_tokens, config.probe_recent, config.probe_random)
+    positions = np.concatenate(probes)
+    visible = num_visible_probes(positions, num_tokens)
+    return to_device(positions, device), to_device(visible, device), len(probes.random)
+
+
 def sparse_prefill(
     layer: Layer,
     query: torch.Tensor,
@@ -69,16 +85,12 @@ def sparse_prefill(
     ratio: float,
 ) -> torch.Tensor:
     """What the backend does for one layer of a prompt in one chunk."""
-    num_tokens, device = query.shape[0], query.device
     config = ZipVLConfig(ratio=ratio)
     store_kv(key, value, kv_cache, slots)
-    probes = probe_positions(0, 0, num_tokens, config.probe_recent, config.probe_random)
-    host_positions = torch.cat([torch.from_numpy(part.copy()) for part in probes])
-    positions = host_positions.to(device)
-    mass = probe_scores(query[positions], positions, len(probes.random), key, layer.scale)
-    visible = num_visible_probes(host_positions.numpy(), num_tokens)
-    visible = torch.from_numpy(visible.copy()).to(device)
-    selection = select(mass.random + mass.recent, visible, len(probes.recent), config)
+    positions, visible, num_random = _probes(query.shape[0], query.device)
+    mass = probe_scores(query[positions], positions, num_random, key, layer.scale)
+    num_recent = len(positions) - num_random
+    selection = select(mass.random + mass.recent, visible, num_recent, config)
     return sparse_prefill_attention(query, key, value, selection.kept, layer.scale)
 
 

@@ -23,11 +23,14 @@ from attention_cases import (
 )
 from attention_rows import absent, row
 from decode_baselines import BASELINES, DecodeBaseline, wrong
-from dense_attention import DenseAttention
+from dense_attention import DenseAttention, vllm_version
+from whole_model_timing import Clock
 
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.core.geometry import cdiv
 from vllm_zipvl.ops.decode_attention import decode_attention
+from vllm_zipvl.ops.dense_blocks import store_kv
+from vllm_zipvl.ops.prefill_attention import find_kernel
 
 LAYERS = {
     "LongVA-7B": Layer(num_heads=28, num_kv_heads=4, head_size=128, block_size=16),
@@ -54,12 +57,22 @@ def milliseconds(run: Callable[[], object], is_dry: bool) -> float:
     if is_dry:
         run()
         return 1.0
-    return triton.testing.do_bench(run, warmup=50, rep=300, return_mode="median")
+    return triton.testing.do_bench(run, warmup=50, rep=800, return_mode="median")
+
+
+def replayed_milliseconds(run: Callable[[], object], is_dry: bool) -> float:
+    """Median of a run that engines replay from a CUDA graph."""
+    if is_dry:
+        return milliseconds(run, is_dry)
+    graphed = Clock(torch.device("cuda")).captured(run)
+    if graphed.not_captured:
+        raise RuntimeError(f"not captured: {graphed.not_captured}")
+    return milliseconds(graphed.step, is_dry)
 
 
 def copied_bytes_per_second(is_dry: bool) -> float:
     """Read and written by a large copy: the ceiling of any kernel that only reads."""
-    source = torch.zeros(1024 if is_dry else COPIED_BYTES, dtype=torch.uint8)
+    source = torch.randint(256, (1024 if is_dry else COPIED_BYTES,), dtype=torch.uint8)
     target = torch.empty_like(source)
     taken = milliseconds(lambda: target.copy_(source), is_dry)
     return 2 * source.numel() / (taken * MILLISECOND)
@@ -73,7 +86,13 @@ def prefill_row(name: str, layer: Layer, num_tokens: int, is_dry: bool) -> dict[
     slots = torch.randperm(num_blocks)[:, None] * layer.block_size + torch.arange(layer.block_size)
     slots = slots.flatten()[:num_tokens]
     dense = DenseAttention(layer)
-    baseline = milliseconds(dense.prefill(query, key, value), is_dry)
+    attend = dense.prefill(query, key, value)
+
+    def stored_and_attended() -> torch.Tensor:
+        store_kv(key, value, cache, slots)
+        return attend()
+
+    baseline = milliseconds(stored_and_attended, is_dry)
 
     def sparse() -> torch.Tensor:
         return sparse_prefill(layer, query, key, value, cache, slots, PREFILL_KEPT)
@@ -82,7 +101,8 @@ def prefill_row(name: str, layer: Layer, num_tokens: int, is_dry: bool) -> dict[
     seconds = milliseconds(sparse, is_dry) * MILLISECOND
     shape = {"model": name, "tokens": num_tokens, "heads": layer.heads}
     return row(
-        "prefill", shape, "sparse", seconds, dense.name, baseline * MILLISECOND, kept=kept
+        "prefill", shape, "sparse", seconds, dense.name, baseline * MILLISECOND, kept=kept,
+        kernel=find_kernel("auto", query.device.type, DTYPE, layer.head_size),
     )  # fmt: skip
 
 
@@ -113,7 +133,7 @@ def baseline_row(
     layer = narrowed(layer) if is_dry else layer
     try:
         rows = baseline.rows(layer, shape["rows"], shape["tokens"])
-        seconds = milliseconds(rows, is_dry) * MILLISECOND
+        seconds = replayed_milliseconds(rows, is_dry) * MILLISECOND
     except Exception as error:
         return absent("decode", shape, baseline.name, f"{type(error).__name__}: {error}")
     rate = rows.read_bytes / seconds
@@ -141,7 +161,7 @@ def decode_rows(
         return
     query = randn(num_rows, layer.num_heads, layer.head_size)
     dense = DenseAttention(layer)
-    baseline = milliseconds(dense.decode(query, num_tokens), is_dry) * MILLISECOND
+    baseline = replayed_milliseconds(dense.decode(query, num_tokens), is_dry) * MILLISECOND
     quantised = {}
     for other in BASELINES:
         if reason := refusals[other.name]:
@@ -159,7 +179,7 @@ def decode_rows(
         def ours(context=context, rows=rows, out=out) -> None:
             decode_attention(query, context, rows, layer.scale, out)
 
-        seconds = milliseconds(ours, is_dry) * MILLISECOND
+        seconds = replayed_milliseconds(ours, is_dry) * MILLISECOND
         end = int(rows.tail_starts[0])
         num_high = round(kept * end)
         read = num_high * geometry.token_head_bytes(high)
@@ -236,7 +256,7 @@ def measure(ops: list[str], is_dry: bool) -> Iterator[dict[str, Any]]:
 
 
 def about() -> dict[str, Any]:
-    found = {"triton": triton.__version__}
+    found = {"triton": triton.__version__, "vllm": vllm_version()}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found

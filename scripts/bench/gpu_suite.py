@@ -3,11 +3,12 @@
     python scripts/bench/gpu_suite.py --out DIR [--vllm DIR] [--only PART ...]
     python scripts/bench/gpu_suite.py --out DIR --dry-run   # the same on a CPU, interpreted
 
-DIR gets a log per part, the benchmarks' JSON, and suite.json: what ran, how it ended, how long it
-took. A part that fails does not stop those after it, except that nothing is timed if the kernels'
-tests fail. Parts with the real engine are left out where there is no vLLM; neither it nor this
-package need be installed: `--vllm` names a folder that CUDA wheels of vLLM and of what it imports
-were extracted into.
+DIR/suite.zip gets a log per part, the benchmarks' JSON, and suite.json: what ran, how it ended, how
+long it took. It is written anew after each part, and all end in `--seconds`; what is left runs in a
+further call with `--only`. A part that fails does not stop those after it, except that nothing is
+timed if the kernels' tests fail. Parts with the real engine are left out where there is no vLLM;
+neither it nor this package need be installed: `--vllm` names a folder that CUDA wheels of vLLM and
+of what it imports were extracted into.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,7 +110,7 @@ def environment(metadata: Path, vllm: Path | None) -> dict[str, str]:
 
 
 def run(
-    name: str, part: Part, out: Path, environment: dict[str, str], is_dry: bool
+    name: str, part: Part, out: Path, environment: dict[str, str], is_dry: bool, seconds: float
 ) -> dict[str, object]:
     """One part; its output goes to a log, the end of which is printed."""
     print(f"== {name}: {' '.join(part.command)}", flush=True)
@@ -116,14 +118,21 @@ def run(
         environment = environment | {"ZIPVL_TEST_DEVICE": "cuda"}
     elif not part.needs_vllm:
         environment = environment | {"TRITON_INTERPRET": "1"}
+    # Stock attends to float32 by Triton's default precision, which must be that of the plugin.
+    environment = environment | {"TRITON_F32_DEFAULT": "ieee"}
     log, started = out / f"{name}.log", time.monotonic()
-    with log.open("w") as file:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
+            process_group=0,
+        ) as process,
+    ):  # fmt: skip
         try:
-            status = subprocess.run(
-                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
-                timeout=None if is_dry else part.seconds,
-            ).returncode  # fmt: skip
+            status = process.wait(None if is_dry else min(seconds, part.seconds))
         except subprocess.TimeoutExpired:
+            # With its workers, which would hold the GPU's memory.
+            os.killpg(process.pid, signal.SIGKILL)
             status = None
     seconds = round(time.monotonic() - started, 1)
     print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
@@ -138,6 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", type=Path, metavar="DIR", help="extracted CUDA vLLM")
     parser.add_argument("--only", nargs="+", metavar="PART")
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, JSON")
+    parser.add_argument("--seconds", type=float, default=570, help="of all parts together")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.vllm and not (arguments.vllm / "vllm").is_dir():
@@ -145,9 +155,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def chosen(arguments: argparse.Namespace) -> dict[str, Part]:
+def chosen(arguments: argparse.Namespace, out: Path) -> dict[str, Part]:
     """The parts that are asked for, or all that can run."""
-    found = parts(arguments.out.resolve(), arguments.dry_run, arguments.engine)
+    found = parts(out, arguments.dry_run, arguments.engine)
     if arguments.only is None:
         has_vllm = arguments.vllm is not None or importlib.util.find_spec("vllm") is not None
         return {name: part for name, part in found.items() if has_vllm or not part.needs_vllm}
@@ -158,18 +168,24 @@ def chosen(arguments: argparse.Namespace) -> dict[str, Part]:
 
 def main() -> None:
     arguments = parse_arguments()
-    out = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + arguments.seconds
     found: dict[str, dict[str, object]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_metadata(Path(folder))
-        variables = environment(Path(folder), arguments.vllm)
-        for name, part in chosen(arguments).items():
+    with tempfile.TemporaryDirectory() as metadata, tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        write_metadata(Path(metadata))
+        variables = environment(Path(metadata), arguments.vllm)
+        for name, part in chosen(arguments, out).items():
             if part.is_timing and found.get("tests", {}).get("status", 0) != 0:
                 print(f"== {name}: not timed, since the tests failed")
                 continue
-            found[name] = run(name, part, out, variables, arguments.dry_run)
+            left = end - time.monotonic()
+            if left <= 0 and not arguments.dry_run:
+                print(f"== {name}: no time left; run it with --only {name}")
+                continue
+            found[name] = run(name, part, out, variables, arguments.dry_run, left)
             (out / "suite.json").write_text(json.dumps(found, indent=1) + "\n")
+            shutil.make_archive(str(arguments.out / "suite"), "zip", out)
     print({name: part["status"] for name, part in found.items()})
     failed = [name for name, part in found.items() if part["status"] != 0]
     sys.exit(1 if failed else 0)

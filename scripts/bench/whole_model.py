@@ -6,7 +6,10 @@
 Weights and prompts are random, so the kept share is set, not found. A prompt is computed in one
 chunk; its compression comes after the first token and is timed by itself. Requests that decode
 fill one amount of KV memory; their steps are replayed from a CUDA graph, and zipvl's tails are
-compressed between them, at the host's pace. A ratio above 1 is better than dense in the same run.
+compressed between them, at the host's pace. No prompt is computed meanwhile, and nothing is held
+back for one, so that zipvl's number of requests is an upper bound. FlashAttention schedules itself,
+where vLLM does so once a step. Of int4 and TurboQuant caches attention.py measures the kernels. A
+ratio above 1 is better than dense in the same run.
 Before anything is timed, a tiny model with everything kept must give dense attention's logits.
 """
 
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 import triton
 from attention_cases import DTYPE, Layer
-from dense_attention import DenseAttention
+from dense_attention import DenseAttention, vllm_version
 from whole_model_check import PRETENDED_FLASH, check
 from whole_model_decoder import Decoder, ModelShape
 from whole_model_measure import Bench, Sizes, decode_rows, prefill_rows
@@ -33,6 +36,7 @@ from vllm_zipvl.ops.prefill_attention import find_kernel
 OPS = ("prefill", "decode")
 MODELS = {
     "LongVA-7B": ModelShape(Layer(28, 4, 128, 16), 28, 3584, 18944, 152064, 1000000.0),
+    # LLaVA-NeXT's own contexts end at 4,096 tokens: longer ones are of its shape alone.
     "LLaVA-NeXT-7B": ModelShape(Layer(32, 32, 128, 16), 32, 4096, 11008, 32064, 10000.0),
 }
 DRY_MODELS = {
@@ -112,10 +116,10 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         shape = (DRY_MODELS if is_dry else MODELS)[name]
         # A dry run goes both ways.
         dense = dense_of(shape.layer, pretends=is_dry and name == "LongVA-7B")
-        check(dense, device)
+        why_no_fp8 = check(dense, device)
         with device:
             decoder = Decoder(shape, max(*sizes.prefill_tokens, 2 * sizes.decode_tokens))
-        bench = Bench(name, shape, decoder, dense, config, sizes, Clock(device))
+        bench = Bench(name, shape, decoder, dense, config, sizes, Clock(device), why_no_fp8)
         if "prefill" in arguments.ops:
             for num_tokens in sizes.prefill_tokens:
                 yield from prefill_rows(bench, num_tokens)
@@ -133,6 +137,7 @@ def about(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     return found | {
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "vllm": vllm_version(),
         "dtype": str(DTYPE),
         "dense attention": DenseAttention(MODELS["LongVA-7B"].layer).name,
         "sparse prefill attention": kernel,

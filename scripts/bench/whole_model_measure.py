@@ -8,10 +8,10 @@ import torch
 import whole_model_dense
 import whole_model_requests
 from attention_cases import DTYPE
-from attention_rows import row
+from attention_rows import absent, row
 from dense_attention import DenseAttention
 from whole_model_decoder import Decoder, ModelShape
-from whole_model_dense import FP8, DenseRequests, why_no_fp8
+from whole_model_dense import FP8, DenseRequests
 from whole_model_prompt import Compressor, Prompt, geometry_of
 from whole_model_requests import ZipVLRequests, interval_of, prompt_tokens
 from whole_model_timing import Clock, Pace, Prefilled, Run
@@ -45,6 +45,7 @@ class Bench(NamedTuple):
     config: ZipVLConfig
     sizes: Sizes
     clock: Clock
+    why_no_fp8: str | None
 
     @property
     def device(self) -> torch.device:
@@ -68,21 +69,17 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _absent(op: str, shape: dict[str, Any], method: str, reason: str) -> dict[str, Any]:
-    return {"op": op, "shape": shape, "method": method, "absent": reason}
-
-
 def _fp8_row(
     bench: Bench, op: str, shape: dict[str, Any], measured: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The row of the fp8 cache, or why there is none."""
-    reason = why_no_fp8(bench.dense)
+    reason = bench.why_no_fp8
     if reason is None:
         try:
             return measured()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-    return _absent(op, shape, "fp8", reason)
+    return absent(op, shape, "fp8", reason)
 
 
 # Time to the first token.
