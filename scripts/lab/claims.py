@@ -31,7 +31,8 @@ class Difference(NamedTuple):
         return "refuted" if self.high < least else "open"
 
     def __str__(self) -> str:
-        value, low, high = (100 * x for x in self)
+        # Adding 0 turns what rounds to -0 into 0.
+        value, low, high = (round(100 * x, 1) + 0 for x in self)
         return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
