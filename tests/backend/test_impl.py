@@ -91,6 +91,22 @@ def test_single_queries_between_steps_do_what_a_graph_captures(engine: Engine) -
     assert torch.equal(probes.queries[NOBODY], engine.query[-1])
 
 
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_profiling_run_takes_the_memory_of_the_longest_prompt(
+    is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(monkeypatch)
+    if not is_planned:
+        monkeypatch.setattr(impl_module, "_worker", lambda: None)
+    layer = engine.layers["layers.1"]
+    query, taken = torch.randn(8, NUM_HEADS, HEAD_SIZE), []
+    query.new_empty = taken.append
+    out = torch.full_like(query, torch.nan)
+    assert not layer.impl.forward(layer, query, query, query, out, None, out).any()
+    context = 64 * NUM_KV_HEADS * 2 * HEAD_SIZE
+    assert taken == ([] if is_planned else [3 * context + 2 * query.numel()])
+
+
 def test_other_runs_between_steps_give_zeros(engine: Engine) -> None:
     probes = engine.layers["layers.1"].impl.tail_probes
     assert not engine.forward(2, [16, 16]).any()

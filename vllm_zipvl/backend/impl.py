@@ -105,7 +105,8 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
             num_slots = vllm_config.scheduler_config.max_num_seqs
             shape = (num_slots + 1, num_heads, head_size)
             self.tail_probes = TailProbes(shape, self.scale, dtype, device)
-        self.max_model_len = vllm_config.model_config.max_model_len
+        # Of a length that vLLM has yet to find nothing can be held.
+        self.scratch_tokens = vllm_config.model_config.max_model_len if self.tables else 0
         self.prefill_kernel = find_kernel(config.prefill_kernel, device.type, dtype, head_size)
         logger.info_once("zipvl: prefill attention by %s", self.prefill_kernel)
 
@@ -150,8 +151,9 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("zipvl does not fuse output quantisation")
         worker = _worker()
-        if attn_metadata is None or worker is None:
+        if attn_metadata is None and worker is None:
             self._take_scratch(query)
+        if attn_metadata is None or worker is None:
             return output.zero_()
         if worker.plan is None and attn_metadata.max_queries > 1:
             # A warm-up on no request. One of single queries may be the capture of a CUDA graph.
@@ -166,11 +168,11 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         return output
 
     def _take_scratch(self, query: torch.Tensor) -> None:
-        """Hold for a moment what a prompt's last chunk may take, so that profiling runs see it.
+        """Hold for a moment what a prompt's last chunk may take, so that memory profiling sees it.
 
         Keys and values of the context: gathered, joined with the chunk's, and the kept ones.
         """
-        context = 3 * 2 * self.max_model_len * self.num_kv_heads * self.head_size
+        context = 3 * 2 * self.scratch_tokens * self.num_kv_heads * self.head_size
         query.new_empty(context + 2 * query.numel())
 
     def _attend_prompt(
