@@ -17,7 +17,6 @@ from vllm_zipvl.core.selection import select
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.decode_attention import reference as decode_reference
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
-from vllm_zipvl.ops.page_codec import PageTables, write_tokens
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
 from vllm_zipvl.ops.probe_scores import probe_scores
@@ -114,22 +113,6 @@ def check_prefill(layer: Layer) -> None:
     agree("probe scores", mass, exact)
 
 
-def compress_prompt(
-    heap: PageHeap,
-    slot: int,
-    kv_cache: torch.Tensor,
-    block_ids: torch.Tensor,
-    kept: torch.Tensor,
-    heap_block_ids: list[int],
-) -> None:
-    """What a worker does for one layer of a complete prompt, `kept` bool [num_tokens]."""
-    counts = torch.stack([kept.sum(), (~kept).sum() * bool(heap.geometry.low_bits)])
-    before, _ = heap.take_pages(slot, counts[None].int(), heap_block_ids, 0)
-    norms = heap.tables.key_norms[:, slot]
-    tables = PageTables(heap.memory, heap.tables.page_table[:, slot], before, norms, heap.geometry)
-    write_tokens([kv_cache], block_ids, kept[None], tables, takes_norms=True)
-
-
 def decode_case(
     layer: Layer, num_rows: int, num_tokens: int, bits: tuple[int, int], kept: float
 ) -> tuple[CachedContext, DecodeRows]:
@@ -147,7 +130,8 @@ def decode_case(
     block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)
     for i in range(num_rows):
         prompt = randn(end // block_size, layer.num_kv_heads, block_size, 2 * layer.head_size)
-        compress_prompt(heap, i, prompt, torch.arange(len(prompt)), mask, blocks[i].tolist())
+        block_ids, heap_blocks = torch.arange(len(prompt)), blocks[i].tolist()
+        heap.move(i, [prompt], block_ids, mask[None], heap_blocks, takes_norms=True)
         block_table[i, end // block_size :] = torch.arange(i * tail, (i + 1) * tail)
     kv_cache = randn(num_rows * tail, layer.num_kv_heads, block_size, 2 * layer.head_size)
     tables = heap.tables

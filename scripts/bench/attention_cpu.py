@@ -133,7 +133,7 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
 
     def run() -> None:
         heap.reset(0)
-        compress(plan, [kept], [kv_cache], heap)
+        compress(plan, [kept], [kv_cache], torch.tensor(plan.dense_block_ids), heap)
 
     run()
     check_compressed(heap, kv_cache, kept)

@@ -16,7 +16,6 @@ from attention_cases import (
     Layer,
     check_decode,
     check_prefill,
-    compress_prompt,
     decode_case,
     randn,
     sparse_prefill,
@@ -209,7 +208,7 @@ def compress_row(name: str, layer: Layer, is_dry: bool) -> dict[str, Any]:
 
     def run() -> None:
         heap.reset(0)
-        compress_prompt(heap, 0, cache, block_ids, kept, list(range(num_blocks)))
+        heap.move(0, [cache], block_ids, kept[None], list(range(num_blocks)), takes_norms=True)
 
     seconds = milliseconds(run, is_dry) * MILLISECOND
     query = randn(num_tokens, layer.num_heads, layer.head_size)

@@ -1,7 +1,6 @@
 """Prefill of one prompt, and its compression, as the backend does them for all layers."""
 
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 from vllm_zipvl.core.probes import num_visible_probes, probe_positions
 from vllm_zipvl.core.selection import Selection, cap_selections, select
 from vllm_zipvl.ops.dense_blocks import store_kv
-from vllm_zipvl.ops.page_codec import PageTables, write_tokens
 from vllm_zipvl.ops.prefill_attention import find_kernel, sparse_prefill_attention
 from vllm_zipvl.ops.probe_scores import probe_scores
 from vllm_zipvl.ops.transfer import to_device
@@ -34,46 +32,6 @@ def layers_of(memory: torch.Tensor, geometry: PageGeometry) -> list[torch.Tensor
 def new_memory(geometry: PageGeometry, num_blocks: int) -> torch.Tensor:
     num_pages = num_blocks * geometry.pages_per_block
     return torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
-
-
-def compress(
-    heap: PageHeap,
-    slot: int,
-    kv_caches: list[torch.Tensor],
-    block_ids: torch.Tensor,
-    kept: torch.Tensor,
-    heap_block_ids: list[int],
-    first_page: int | torch.Tensor = 0,
-    takes_norms: bool = True,
-) -> torch.Tensor:
-    """Move tokens of all layers into pages.
-
-    `vllm_zipvl.cache.compression` does the same, but needs vLLM.
-
-    Args:
-        heap: Receives the pages.
-        slot: The request's.
-        kv_caches: Per layer, dense blocks.
-        block_ids: Those of the tokens.
-        kept: Bool mask [num_layers, num_tokens].
-        heap_block_ids: All of the request.
-        first_page: The first of their pages that is not in use.
-        takes_norms: They are the request's first tokens.
-
-    Returns:
-        Pages in use, int64 [].
-    """
-    num_kept = kept.sum(1)
-    has_rest = bool(heap.geometry.low_bits)
-    num_rest = kept.shape[1] - num_kept if has_rest else torch.zeros_like(num_kept)
-    num_new = torch.stack([num_kept, num_rest], dim=1).int()
-    before, num_pages = heap.take_pages(slot, num_new, heap_block_ids, first_page)
-    entries = heap.tables
-    pages, norms = entries.page_table[:, slot], entries.key_norms[:, slot]
-    tables = PageTables(heap.memory, pages, before, norms, heap.geometry)
-    write_tokens(kv_caches, block_ids, kept, tables, takes_norms)
-    entries.compressed_lens[slot] += kept.shape[1]
-    return num_pages
 
 
 class Prompt:
@@ -138,12 +96,8 @@ class Prompt:
         """That its compressed tokens fill."""
         high, low = self.geometry.bits
         counts = masks.sum(1).tolist()
-        return sum(
-            chain.from_iterable(
-                (self.geometry.num_pages(n, high), self.geometry.num_pages(self.end - n, low))
-                for n in counts
-            )
-        )
+        pages = self.geometry.num_pages
+        return sum(pages(n, high) + pages(self.end - n, low) for n in counts)
 
 
 class Compressor:
@@ -161,4 +115,6 @@ class Compressor:
         prompt, heap = self.prompt, self.heap
         heap.reset(0)
         masks = prompt.masks()
-        compress(heap, 0, prompt.kv_caches, prompt.block_ids, masks, self.block_ids)
+        heap.move(
+            0, prompt.kv_caches, prompt.block_ids, masks, self.block_ids, takes_norms=True
+        )  # fmt: skip

@@ -5,7 +5,7 @@ Tails grow, fall due in turn and are compressed between steps, outside of the CU
 
 import torch
 from attention_cases import DTYPE
-from whole_model_prompt import Prompt, compress, layers_of, new_memory
+from whole_model_prompt import Prompt, layers_of, new_memory
 
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
@@ -58,10 +58,8 @@ class ZipVLRequests:
         self.num_pages = prompt.num_pages(prompt.masks())
         self._take_memory(num_requests, num_steps)
         self.slots = torch.arange(num_requests, dtype=torch.int32)
-        shape, device = (
-            (num_requests, self.layer.num_heads, self.layer.head_size),
-            self.slots.device,
-        )
+        device = self.slots.device
+        shape = (num_requests, self.layer.num_heads, self.layer.head_size)
         self.tail_probes = [
             TailProbes(shape, self.layer.scale, DTYPE, device) for _ in range(self.num_layers)
         ]
@@ -93,7 +91,9 @@ class ZipVLRequests:
         """Compress the prompt for every request, and give every tail its last tokens."""
         prompt, block_size, masks = self.prompt, self.geometry.block_size, self.prompt.masks()
         for slot, blocks in enumerate(self.heap_block_ids):
-            num_pages = compress(self.heap, slot, prompt.kv_caches, prompt.block_ids, masks, blocks)
+            num_pages = self.heap.move(
+                slot, prompt.kv_caches, prompt.block_ids, masks, blocks, takes_norms=True
+            )
             assert int(num_pages) == self.num_pages
         self.counts = self.heap.tables.page_counts.clone()
         tail = torch.arange(prompt.end, prompt.num_tokens, device=masks.device)
@@ -150,8 +150,8 @@ class ZipVLRequests:
         dense = self.tables[request][first : first + num_tokens // self.geometry.block_size]
         masks = [self._kept_of_tail(i, request, dense) for i in range(self.num_layers)]
         block_ids = to_device(dense, self.lens.device)
-        self.first_pages[request] = compress(
-            self.heap, request, self.kv_caches, block_ids, torch.stack(masks),
+        self.first_pages[request] = self.heap.move(
+            request, self.kv_caches, block_ids, torch.stack(masks),
             self.heap_block_ids[request], self.first_pages[request], takes_norms=False,
         )  # fmt: skip
         self.ends[request] += num_tokens

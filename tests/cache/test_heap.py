@@ -11,7 +11,7 @@ from page_cursor import PageCursor
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, normalise_keys
-from vllm_zipvl.ops.page_codec import PageTables, read_pages, write_pages, write_tokens
+from vllm_zipvl.ops.page_codec import read_pages, write_pages
 
 NUM_SLOTS = 2
 MAX_MODEL_LEN = 256
@@ -86,15 +86,11 @@ def store(
     takes_norms: bool = False,
 ) -> int:
     """Write tokens [layers, n, heads, 2 * head_size], some kept [layers, n]; pages in use after."""
-    counts = torch.stack([kept.sum(1), (~kept).sum(1) * bool(heap.geometry.low_bits)], 1).int()
-    before, num_pages = heap.take_pages(slot, counts, blocks, first_page)
-    entries = heap.tables.page_table[:, slot], before, heap.tables.key_norms[:, slot]
-    tables = PageTables(heap.memory, *entries, heap.geometry)
     # Blocks of one token each.
-    write_tokens(
-        list(kv[:, :, :, None]), torch.arange(kv.shape[1]), kept, tables, takes_norms=takes_norms
+    caches, block_ids = list(kv[:, :, :, None]), torch.arange(kv.shape[1])
+    return int(
+        heap.move(slot, caches, block_ids, kept, blocks, first_page, takes_norms=takes_norms)
     )
-    return int(num_pages)
 
 
 def make_kept(num_kept: list[int], num_tokens: int) -> torch.Tensor:

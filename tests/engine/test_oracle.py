@@ -155,8 +155,8 @@ class Recorder:
             self._note(chunk.request_id, Event("chunk", chunk.end, layer), selection.kept)
             return selection
 
-        def noting_kept_of_prompt(worker, plan):
-            masks = kept_of_prompt(worker, plan)
+        def noting_kept_of_prompt(worker, plan, *args):
+            masks = kept_of_prompt(worker, plan, *args)
             for layer, mask in enumerate(masks):
                 self._note(plan.request_id, Event("prompt", plan.end, layer), mask)
             return masks

@@ -1,6 +1,6 @@
 """The worker's side of a step: whose rows they are, what was selected, what to compress."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -165,8 +165,11 @@ class ZipVLWorker:
                 self.prompts.take_single(chunk, self._queries_of(chunk.slot))
             self.prompts.finish_chunk(chunk)
         for plan in self.plan.compressions:
-            kept = self._kept_of_prompt(plan) if plan.is_prompt else self._kept_of_tail(plan)
-            self._launched[plan.plan_id] = compress(plan, kept, self._kv_caches, self.heap)
+            block_ids = to_device(plan.dense_block_ids, self.heap.memory.device)
+            of_kind = self._kept_of_prompt if plan.is_prompt else self._kept_of_tail
+            kept = of_kind(plan, block_ids)
+            launched = compress(plan, kept, self._kv_caches, block_ids, self.heap)
+            self._launched[plan.plan_id] = launched
 
     def take_report(self) -> StepReport:
         """What earlier steps compressed, and this one unless a GPU would have to be waited for."""
@@ -182,27 +185,28 @@ class ZipVLWorker:
         for probes in self._tail_probes:
             yield ProbeQueries(probes.queries[slot, None].clone(), probes.scale)
 
-    def _layers(self) -> Iterable[int]:
-        return range(self.geometry.num_layers)
-
-    def _kept_of_prompt(self, plan: CompressionPlan) -> list[torch.Tensor]:
+    def _kept_of_prompt(self, plan: CompressionPlan, block_ids: torch.Tensor) -> list[torch.Tensor]:
         def keys(layer: int) -> torch.Tensor:
-            return self._dense_kv(plan, layer, plan.context_len).chunk(2, dim=-1)[0]
+            return self._keys(layer, block_ids, plan.context_len - plan.start)
 
         masks = self.prompts.take_masks(plan.slot, self.geometry.num_layers, keys)
         return [mask[: plan.end] for mask in masks]
 
-    def _dense_kv(self, plan: CompressionPlan, layer: int, end: int) -> torch.Tensor:
-        """Tokens [plan.start, end), [num_tokens, num_kv_heads, 2 * head_size]."""
-        kv_cache = self._kv_caches[layer]
-        block_ids = to_device(plan.dense_block_ids, kv_cache.device)
-        return gather_kv(kv_cache, block_ids, 0, end - plan.start)
+    def _keys(self, layer: int, block_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Of the first tokens in dense blocks, [num_tokens, num_kv_heads, head_size]."""
+        kv = gather_kv(self._kv_caches[layer], block_ids, 0, num_tokens)
+        return kv[..., : self.geometry.head_size]
 
-    def _kept_of_tail(self, plan: CompressionPlan) -> list[torch.Tensor]:
-        return [self._kept_of_tail_layer(plan, layer) for layer in self._layers()]
+    def _kept_of_tail(self, plan: CompressionPlan, block_ids: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            self._kept_of_tail_layer(plan, layer, block_ids)
+            for layer in range(self.geometry.num_layers)
+        ]
 
-    def _kept_of_tail_layer(self, plan: CompressionPlan, layer: int) -> torch.Tensor:
+    def _kept_of_tail_layer(
+        self, plan: CompressionPlan, layer: int, block_ids: torch.Tensor
+    ) -> torch.Tensor:
         """The count rule within the tail, on this step's attention over the whole context."""
-        keys = self._dense_kv(plan, layer, plan.end)[..., : self.geometry.head_size]
+        keys = self._keys(layer, block_ids, plan.end - plan.start)
         mass = self._sum_over_ranks(self._tail_probes[layer].mass(plan.slot, keys))
         return top_mask(mass, num_to_keep(mass, self.config))

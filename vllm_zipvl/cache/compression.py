@@ -4,8 +4,6 @@ import torch
 
 from vllm_zipvl.cache.heap import PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
-from vllm_zipvl.ops.page_codec import PageTables, write_tokens
-from vllm_zipvl.ops.transfer import to_device
 
 
 class Compression:
@@ -45,6 +43,7 @@ def compress(
     plan: CompressionPlan,
     kept: list[torch.Tensor],
     kv_caches: list[torch.Tensor],
+    block_ids: torch.Tensor,
     heap: PageHeap,
 ) -> Compression:
     """Copy tokens [start, end) into pages; dense blocks are only read.
@@ -53,24 +52,18 @@ def compress(
         plan: Which tokens, from which blocks, into which.
         kept: Per layer, bool mask [end - start] of the tokens kept at high precision.
         kv_caches: Per layer, the dense blocks.
+        block_ids: Those of the plan, on the device.
         heap: Receives the pages.
     """
-    geometry, masks = heap.geometry, torch.stack(kept)
-    num_kept = masks.sum(1)
-    num_rest = masks.shape[1] - num_kept if geometry.low_bits else torch.zeros_like(num_kept)
-    num_new = torch.stack([num_kept, num_rest], dim=1).int()
-    before, num_pages = heap.take_pages(plan.slot, num_new, plan.heap_block_ids, plan.first_page)
-    entries = heap.tables
-    tables = PageTables(
-        heap.memory,
-        entries.page_table[:, plan.slot],
-        before,
-        entries.key_norms[:, plan.slot],
-        geometry,
+    masks = torch.stack(kept)
+    num_pages = heap.move(
+        plan.slot,
+        kv_caches,
+        block_ids,
+        masks,
+        plan.heap_block_ids,
+        plan.first_page,
+        takes_norms=plan.start == 0,
     )
-    block_ids = to_device(plan.dense_block_ids, masks.device)
-    # A request's pages are read with one set of statistics: those of its first tokens.
-    write_tokens(kv_caches, block_ids, masks, tables, takes_norms=plan.start == 0)
-    entries.compressed_lens[plan.slot].fill_(plan.end)
-    num_reserved = len(plan.heap_block_ids) * geometry.pages_per_block
-    return Compression(torch.cat([num_pages[None], num_kept]), num_reserved)
+    num_reserved = len(plan.heap_block_ids) * heap.geometry.pages_per_block
+    return Compression(torch.cat([num_pages[None], masks.sum(1)]), num_reserved)

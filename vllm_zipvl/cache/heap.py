@@ -6,6 +6,7 @@ Counts and page ids are tensors, so that a GPU need not be waited for.
 import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.ops.page_codec import PageTables, write_tokens
 from vllm_zipvl.ops.transfer import to_device
 
 
@@ -68,8 +69,50 @@ class PageHeap:
         tables.key_norms[:, slot, 0].fill_(0)
         tables.key_norms[:, slot, 1].fill_(1)
 
+    def move(
+        self,
+        slot: int,
+        kv_caches: list[torch.Tensor],
+        block_ids: torch.Tensor,
+        kept: torch.Tensor,
+        heap_block_ids: list[int],
+        first_page: int | torch.Tensor = 0,
+        *,
+        takes_norms: bool,
+    ) -> torch.Tensor:
+        """Copy a slot's next tokens from dense blocks, which are only read, into pages.
+
+        Args:
+            slot: The request's slot.
+            kv_caches: Per layer, the dense blocks.
+            block_ids: Those of the tokens, integers [num_blocks].
+            kept: Which tokens go to the high precision, bool [num_layers, num_tokens].
+            heap_block_ids: As for `take_pages`.
+            first_page: As for `take_pages`.
+            takes_norms: Whether these are the first tokens: a request's pages are read with one
+                set of statistics.
+
+        Returns:
+            How many pages are in use now, int64 [].
+        """
+        num_tokens, tables = kept.shape[1], self.tables
+        num_kept = kept.sum(1)
+        has_rest = bool(self.geometry.low_bits)
+        num_rest = num_tokens - num_kept if has_rest else torch.zeros_like(num_kept)
+        num_new = torch.stack([num_kept, num_rest], dim=1).int()
+        before, num_pages = self.take_pages(slot, num_new, heap_block_ids, first_page)
+        pages, norms = tables.page_table[:, slot], tables.key_norms[:, slot]
+        page_tables = PageTables(self.memory, pages, before, norms, self.geometry)
+        write_tokens(kv_caches, block_ids, kept, page_tables, takes_norms=takes_norms)
+        tables.compressed_lens[slot].add_(num_tokens)
+        return num_pages
+
     def take_pages(
-        self, slot: int, num_new: torch.Tensor, heap_block_ids: list[int], first_page: int
+        self,
+        slot: int,
+        num_new: torch.Tensor,
+        heap_block_ids: list[int],
+        first_page: int | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Enter the pages that new tokens of a slot need into its table, layer by layer.
 

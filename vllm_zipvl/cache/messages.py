@@ -34,7 +34,7 @@ class ChunkPlan:
 
     @property
     def is_single_token(self) -> bool:
-        """Whether it attends to all of its context, as the queries of decode steps do.
+        """Whether it is one token, which attends to all of its context as a decode step does.
 
         vLLM replays the CUDA graph of decode steps for it.
         """

@@ -22,7 +22,7 @@ class VarlenAttention(NamedTuple):
 
 @cache
 def find_varlen() -> VarlenAttention | None:
-    """VLLM's version 3 or 2, else the package's."""
+    """Version 3 or 2 of vLLM's build, else the package's."""
     try:
         vllms = import_module("vllm.vllm_flash_attn")
     except ImportError:
