@@ -10,6 +10,7 @@ from engines import engine, kv_cache_manager
 from vllm_zipvl.cache.manager import ZipVLManager
 
 if TYPE_CHECKING:
+    import torch
     from vllm import LLM
 
     from vllm_zipvl.backend.worker import ZipVLWorker
@@ -83,3 +84,28 @@ def assert_counted_whole(llm: "LLM") -> None:
     assert not manager.awaiting
     assert not manager.unreported
     assert sorted(manager._free_slots) == list(range(manager._num_slots))
+
+
+@contextmanager
+def noting_masks() -> Iterator[list[list["torch.Tensor"]]]:
+    """What each layer keeps of each prompt that is compressed while the block runs."""
+    prompts, masks = worker_of().prompts, []
+    take_masks = prompts.take_masks
+
+    def noting_take_masks(*args: Any) -> list["torch.Tensor"]:
+        masks.append(take_masks(*args))
+        return masks[-1]
+
+    prompts.take_masks = noting_take_masks
+    try:
+        yield masks
+    finally:
+        prompts.take_masks = take_masks
+
+
+def assert_same_masks(masks: list[list["torch.Tensor"]], expected: Any) -> None:
+    for mine, its in zip(masks, expected, strict=True):
+        for one, other in zip(mine, its, strict=True):
+            # Rounding decides between tokens that tie.
+            assert int((one != other).sum()) <= 2
+            assert int(one.sum()) > 0
