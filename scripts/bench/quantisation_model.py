@@ -32,7 +32,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.append(str(Path(__file__).parents[1] / "lab"))
 import tasks
-from questions import load_model, prompt, spec_of
+from checkpoint import load_model, picture_side
+from questions import prompt
 
 NAME = "noting_sdpa"
 NUM_PROMPTS = 6
@@ -63,7 +64,7 @@ def samples(folder: Path) -> list[list[Sample]]:
 
     AttentionInterface.register(NAME, noting)
     model.model.language_model.config._attn_implementation = NAME
-    side = spec_of(model.config).side
+    side = picture_side(model.config)
     for index in range(NUM_PROMPTS):
         album = tasks.example("album", "hard", "test", index, side, 1)
         text = prompt(processor, album, album.question)

@@ -17,14 +17,17 @@ class Asked(NamedTuple):
     Attributes:
         embeddings: Of pictures and words, [num_tokens, hidden_size].
         is_image: Bool [num_tokens].
-        image_scores: What the class token attends to in the layer of the vision tower whose
-            features the language model sees, mean over heads, [num_images, tokens_per_image].
+        image_scores: What the vision tower's class token attends to, [num_image_tokens].
+        image_parts: Which picture, overview or tile a token belongs to, [num_image_tokens].
+        part_shares: Of the tokens left where only these scores decide, [num_parts].
         other_words: Of another question about the same pictures, [num_words, hidden_size].
     """
 
     embeddings: torch.Tensor
     is_image: torch.Tensor
     image_scores: torch.Tensor
+    image_parts: torch.Tensor
+    part_shares: torch.Tensor
     other_words: torch.Tensor
 
     @property

@@ -12,25 +12,19 @@ import hashlib
 import json
 import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from checkpoint import config_of, load_model, picture_side
 from decoder import Decoder
 from examples import Example
 from method_zipvl import ZipVL
 from methods import METHODS
-from questions import (
-    Key,
-    add_arguments,
-    draw,
-    load_model,
-    questions_digest,
-    see,
-    spec_of,
-    test_set,
-)
+from questions import Key, add_arguments, draw, questions_digest, test_set
+from seeing import see
 from tqdm import tqdm
 
 
@@ -121,11 +115,11 @@ class Worker:
         torch.set_num_threads(1)
         self.model, self.run = load_model(folder), run
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
-        self.spec, self.decoder = spec_of(self.model.config), Decoder(self.model)
+        self.side, self.decoder = picture_side(self.model.config), Decoder(self.model)
 
     @torch.inference_mode()
     def row(self, key: Key, methods: list[str]) -> dict[str, Any]:
-        example = draw(key, self.spec)
+        example = draw(key, self.side)
         asked = see(self.model, self.processor, example, self.run.suffix)
         found = {}
         for name in methods:
@@ -155,6 +149,7 @@ def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
+    config_of(arguments.model)
     run = Run.of(arguments.model, arguments.suffix)
     done = answered(arguments.json, run.digests)
     todo = []
@@ -162,12 +157,13 @@ def main() -> None:
         methods = [name for name in arguments.methods if (key, name) not in done]
         if methods:
             todo.append((key, methods))
-    context = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
+    # Unlike multiprocessing's pool it ends where a worker cannot start.
     with (
-        context.Pool(arguments.workers, _start, (arguments.model, run)) as pool,
+        ProcessPoolExecutor(arguments.workers, spawn, _start, (arguments.model, run)) as pool,
         arguments.json.open("a") as file,
     ):
-        for row in tqdm(pool.imap(_run, todo, chunksize=4), total=len(todo), unit="question"):
+        for row in tqdm(pool.map(_run, todo, chunksize=4), total=len(todo), unit="question"):
             file.write(json.dumps(row) + "\n")
             file.flush()
 

@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from checkpoint import config_of, picture_side
 from decoder import MAX_ANSWER
 from evaluate import Run, answered, describe
 from method_zipvl import BLOCK_SIZE, LAB_SETTINGS, ZipVL
 from methods import METHODS
-from questions import add_arguments, draw, prompt, spec_of, test_set
+from questions import add_arguments, draw, prompt, test_set
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 BATCH = 120
 """Questions handed to the engine at once."""
@@ -64,7 +65,7 @@ def main() -> None:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER)
-    spec = spec_of(AutoConfig.from_pretrained(arguments.model))
+    side = picture_side(config_of(arguments.model))
     processor = AutoProcessor.from_pretrained(arguments.model)
     run = Run.of(arguments.model, arguments.suffix)
     digests = {f"engine {name}": run.digests[name] for name in arguments.methods}
@@ -82,7 +83,7 @@ def main() -> None:
         with arguments.json.open("a") as file, tqdm(total=len(todo), unit="question") as bar:
             for first in range(0, len(todo), BATCH):
                 keys = todo[first : first + BATCH]
-                examples = [draw(key, spec) for key in keys]
+                examples = [draw(key, side) for key in keys]
                 requests = [
                     {
                         "prompt": prompt(processor, one, one.question + arguments.suffix),

@@ -58,19 +58,25 @@ class FastV:
 class HiRED:
     """Drops image tokens by what the vision tower's class token attends to (arXiv 2408.10945).
 
-    Every picture has the same budget, as a whole image; there are no tiles here.
+    Whole pictures have the same budget each; of a picture with tiles the overview has half, and
+    the tiles share the rest by what the overview's class token attends to.
 
     Attributes:
-        kept: Share of each picture's tokens that the language model sees.
+        kept: Share of all image tokens that the language model sees, at most.
     """
 
     kept: float
 
     def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
-        num_kept = math.floor(self.kept * asked.image_scores.shape[1])
-        masks = [top_mask(scores, num_kept) for scores in asked.image_scores]
+        budgets = self.kept * len(asked.image_scores) * asked.part_shares.double()
+        seen = torch.zeros_like(asked.image_parts, dtype=torch.bool)
+        for part, budget in enumerate(budgets.tolist()):
+            inside = asked.image_parts == part
+            scores = asked.image_scores.masked_fill(~inside, -1)
+            # A share of 1/3 in float32 times 3 is a little more or less than 1.
+            seen |= top_mask(scores, min(math.floor(budget + 1e-3), int(inside.sum())))
         there = ~asked.is_image
-        there[asked.is_image] = torch.cat(masks)
+        there[asked.is_image] = seen
         num_tokens = int(there.sum())
         cache = DynamicCache()
         with decoder.attending("sdpa"):

@@ -1,18 +1,13 @@
-"""The test set, and what a model's language part sees of a question."""
+"""The test set: which questions there are, how they are put, and how answers are compared."""
 
 import argparse
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tasks
-import torch
-import transformers
-from decoder import Asked
 from examples import LEVELS, Example
-from lab_model import LabModel
 
 
 class Key(NamedTuple):
@@ -40,9 +35,9 @@ def test_set(num_per_level: int, families: Iterable[str] = tuple(tasks.FAMILIES)
                 yield Key(family, level, index)
 
 
-def draw(key: Key, spec: LabModel) -> Example:
-    """Pictures and two questions, of which the first counts."""
-    return tasks.example(key.family, key.level, "test", key.index, spec.side, num_questions=2)
+def draw(key: Key, side: int) -> Example:
+    """Pictures of `side` pixels and two questions, of which the first counts."""
+    return tasks.example(key.family, key.level, "test", key.index, side, num_questions=2)
 
 
 def questions_digest() -> str:
@@ -51,21 +46,6 @@ def questions_digest() -> str:
     for key in test_set(5, tasks.CHOICES):
         found.update(repr(tasks.example(*key[:2], "test", key.index, 56, 8).questions).encode())
     return found.hexdigest()
-
-
-def load_model(folder: Path) -> Any:
-    """A LLaVA for evaluation, float32; its vision tower gives attention weights."""
-    attention = {"text_config": "sdpa", "vision_config": "eager"}
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, attn_implementation=attention, dtype=torch.float32
-    )
-    return model.eval()
-
-
-def spec_of(config: Any) -> LabModel:
-    """The sizes in a model's config that decide how pictures are drawn."""
-    vision = config.vision_config
-    return LabModel(side=vision.image_size, patch_size=vision.patch_size)
 
 
 def prompt(processor: Any, example: Example, question: str) -> str:
@@ -79,30 +59,3 @@ def prompt(processor: Any, example: Example, question: str) -> str:
 def normal(text: str) -> str:
     """Letters and digits alone: tokenizers differ in spaces, models in capitals and full stops."""
     return "".join(re.findall(r"[a-z0-9]", text.lower()))
-
-
-@torch.inference_mode()
-def see(model: Any, processor: Any, example: Example, suffix: str = "") -> Asked:
-    """Embed an example's pictures, its first question and the words of its last.
-
-    Args:
-        model: A LLaVA whose vision tower returns attention weights.
-        processor: The model's own.
-        example: Pictures and questions.
-        suffix: Follows every question, as "Answer with one word."
-    """
-    texts = [prompt(processor, example, question.text + suffix) for question in example.questions]
-    inputs = processor(images=example.images, text=texts[0], return_tensors="pt")
-    ids = inputs.input_ids[0]
-    seen = model.model.vision_tower(
-        inputs.pixel_values, output_hidden_states=True, output_attentions=True
-    )
-    features = seen.hidden_states[model.config.vision_feature_layer][:, 1:]
-    embed = model.model.get_input_embeddings()
-    is_image = ids == model.config.image_token_id
-    embeddings = embed(ids).clone()
-    embeddings[is_image] = model.model.multi_modal_projector(features).flatten(0, 1)
-    scores = seen.attentions[model.config.vision_feature_layer][:, :, 0, 1:].mean(1)
-    other = processor(images=example.images, text=texts[-1], return_tensors="pt").input_ids[0]
-    last_image = int((other == model.config.image_token_id).nonzero().max())
-    return Asked(embeddings, is_image, scores, embed(other[last_image + 1 :]))

@@ -10,8 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from lab_model import save
-from questions import spec_of
+from lab_model import LabModel, save
 from transformers import LlavaForConditionalGeneration
 
 LARGEST_FILE = 16 * 2**20
@@ -32,7 +31,9 @@ def main() -> None:
     unfinished = out.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model = LlavaForConditionalGeneration.from_pretrained(last / "model", dtype=torch.bfloat16)
-    save(model, spec_of(model.config), unfinished)
+    vision = model.config.vision_config
+    spec = LabModel(side=vision.image_size, patch_size=vision.patch_size)
+    save(model, spec, unfinished)
     for place, run in enumerate(arguments.runs):
         (unfinished / f"training-{place}.jsonl").write_text((run / "log.jsonl").read_text())
     if (card := out / "README.md").exists():

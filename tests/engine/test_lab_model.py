@@ -26,20 +26,21 @@ def test_it_is_small() -> None:
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(LAB)
+    import checkpoint
     import questions
     from method_zipvl import BLOCK_SIZE, LAB_SETTINGS
 
-    return questions, BLOCK_SIZE, LAB_SETTINGS
+    return checkpoint, questions, BLOCK_SIZE, LAB_SETTINGS
 
 
 def test_engine_and_oracle_keep_and_answer_the_same(lab) -> None:
-    questions, block_size, settings = lab
+    checkpoint, questions, block_size, settings = lab
     processor = transformers.AutoProcessor.from_pretrained(MODEL)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         MODEL, attn_implementation="zipvl", dtype=torch.float32
     )
-    spec = questions.spec_of(model.config)
-    examples = [questions.draw(key, spec) for key in questions.test_set(1)]
+    side = checkpoint.picture_side(model.config)
+    examples = [questions.draw(key, side) for key in questions.test_set(1)]
     texts = [questions.prompt(processor, one, one.question) for one in examples]
 
     expected, expected_masks = [], []

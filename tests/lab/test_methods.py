@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import report
 import tasks
 import torch
+from checkpoint import load_model
 from decoder import MAX_ANSWER, Asked, Decoder
 from lab_model import LabModel, make_model, save
 from method_full import full
@@ -19,7 +21,8 @@ from method_masks import MaskedPrefill, QKSparse, VerticalSlash
 from method_pruning import FastV, HiRED
 from method_zipvl import ZipVL, at_random
 from methods import METHODS
-from questions import load_model, normal, see, spec_of
+from questions import normal
+from seeing import see
 from transformers import AutoProcessor
 
 SPEC = LabModel(side=84, layers=4, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
@@ -71,10 +74,6 @@ def asked(folder, model) -> list[Asked]:
 def run(model, method, asked: Asked):
     with torch.inference_mode():
         return method(Decoder(model), asked)
-
-
-def test_the_sizes_of_a_model_are_found(model) -> None:
-    assert spec_of(model.config).tokens_per_image == SPEC.tokens_per_image == 36
 
 
 def test_answers_are_compared_by_letters_and_digits() -> None:
@@ -169,7 +168,7 @@ def test_patterns_keep_what_carries_the_attention() -> None:
 def test_hired_keeps_what_the_class_token_attends_to(model, asked) -> None:
     one = asked[0]
     scores = torch.zeros_like(one.image_scores)
-    scores[0, 5] = 1
+    scores[5] = 1
     picked, dropped = one.is_image.nonzero()[5], one.is_image.nonzero()[6]
 
     def last_hidden(changed: torch.Tensor) -> torch.Tensor:
@@ -215,6 +214,28 @@ def test_answers_of_another_model_are_not_mixed_in(folder, tmp_path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as stopped:
         evaluate(folder, out, "full")
     assert b"answers of another model or other settings for full" in stopped.value.stderr
+
+
+def test_other_models_and_folders_are_refused(checkpoint, tmp_path) -> None:
+    for folder, message in (
+        (checkpoint("llama"), "is of type llama; --model takes a vision-language model"),
+        (tmp_path / "none", "has no config of a model"),
+    ):
+        command = [sys.executable, str(EVALUATE), "--model", str(folder), "--methods", "full"]
+        command += ["--json", str(tmp_path / "rows.jsonl")]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 1
+        assert message in run.stderr
+        assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_an_evaluation_whose_workers_cannot_start_ends(folder, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    with pytest.raises(subprocess.CalledProcessError) as stopped:
+        evaluate(broken, tmp_path / "rows.jsonl", "full")
+    assert b"header" in stopped.value.stderr.lower()
 
 
 def test_an_unknown_method_is_refused(folder, tmp_path) -> None:
