@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Iterator
 from functools import cache
+from itertools import repeat
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import family_album
 import family_charts
@@ -15,7 +16,7 @@ import tasks
 import torch
 from drawing import Mark
 from examples import LEVELS, Example
-from lab_model import LabModel, make_tokenizer
+from lab_model import LabModel, make_processor, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -40,10 +41,11 @@ class Batch(NamedTuple):
         parts: int64, as `input_ids`: 0 up to the last picture, then the question's number from 1
             on; -1 is padding.
         labels: int64, as `input_ids`; `IGNORED` outside of answers.
-        pixel_values: float32 [num_images, 3, side, side].
-        marks: int64 [num_images, tokens_per_image, len(KINDS)], the token that says what a patch
+        pixel_values: float32 [num_views, 3, tile_side, tile_side]; a view is a picture, or its
+            overview or a tile.
+        marks: int64 [num_views, tokens_per_view, len(KINDS)], the token that says what a patch
             shows; the padding token for nothing.
-        is_given: Bool [num_images, tokens_per_image], the patches that `input_ids` has tokens for.
+        is_given: Bool [num_views, tokens_per_view], the patches that `input_ids` has tokens for.
     """
 
     input_ids: torch.Tensor
@@ -86,17 +88,35 @@ def num_answer_tokens(answer: str) -> int:
     return len(tokenizer_of_tasks()(answer, add_special_tokens=False).input_ids) + 1
 
 
-def pixels(example: Example) -> torch.Tensor:
-    """Normalised as CLIP's image processor does, float32 [num_images, 3, side, side]."""
+@cache
+def _tiler(spec: LabModel) -> Any:
+    return make_processor(spec).image_processor
+
+
+def pixels(example: Example, spec: LabModel) -> torch.Tensor:
+    """As CLIP's image processor makes them, float32 [num_views, 3, tile_side, tile_side]."""
+    if spec.tiles > 1:
+        cut = _tiler(spec)(example.images, return_tensors="pt").pixel_values
+        return cut.flatten(0, 1)
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in example.images]))
     mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (stacked.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def patch_marks(marks: list[Mark], spec: LabModel) -> torch.Tensor:
-    """What each patch's middle shows, int64 [tokens_per_image, len(KINDS)]."""
+    """What each patch of a picture's views shows, [num_views, tokens_per_view, len(KINDS)]."""
+    num = spec.tile_side // spec.patch_size
+    overview = _marks_on_grid(marks, num)[None]
+    if spec.tiles == 1:
+        return overview.flatten(1, 2)
+    tiles = _marks_on_grid(marks, num * spec.tiles)
+    tiles = tiles.unflatten(0, (-1, num)).unflatten(2, (-1, num)).transpose(1, 2).flatten(0, 1)
+    return torch.cat([overview, tiles]).flatten(1, 2)
+
+
+def _marks_on_grid(marks: list[Mark], num: int) -> torch.Tensor:
+    """What the middle of each of `num` x `num` patches shows, [num, num, len(KINDS)]."""
     tokenizer = tokenizer_of_tasks()
-    num = spec.side // spec.patch_size
     labels = torch.full((num, num, len(KINDS)), tokenizer.pad_token_id)
     for mark in marks:
         left, top, right, bottom = (max(0, round(edge * num)) for edge in mark.box)
@@ -111,7 +131,7 @@ def patch_marks(marks: list[Mark], spec: LabModel) -> torch.Tensor:
                     if word:
                         token = tokenizer.convert_tokens_to_ids(word)
                         labels[row, column, kind] = token
-    return labels.flatten(0, 1)
+    return labels
 
 
 class _Row(NamedTuple):
@@ -126,14 +146,14 @@ class _Row(NamedTuple):
 _PADDING = _Row([0], [0], [-1], [IGNORED])
 
 
-def _row(example: Example, spec: LabModel, is_given: list[bool]) -> _Row:
+def _row(example: Example, spec: LabModel, is_given: list[bool] | None) -> _Row:
     tokenizer = tokenizer_of_tasks()
     image = tokenizer.convert_tokens_to_ids("<image>")
     row = _Row([], [], [], [])
     for part, question in enumerate(example.questions, start=1):
         pictures, words = prompt_ids(len(example.images), question.text, spec)
         if part == 1:
-            patches = iter(is_given)
+            patches = repeat(True) if is_given is None else iter(is_given)
             places = [i for i, token in enumerate(pictures) if token != image or next(patches)]
             row.input_ids.extend(pictures[i] for i in places)
             row.position_ids.extend(places)
@@ -159,13 +179,13 @@ def collate(
         spec: Of the model.
         blind: Show grey pictures.
         only_marked: Leave out the tokens of patches that show nothing; the others keep their
-            positions.
+            positions. Of pictures without tiles.
     """
-    marks = [[patch_marks(one, spec) for one in example.marks] for example in examples]
+    marks = [torch.cat([patch_marks(one, spec) for one in example.marks]) for example in examples]
     pad = tokenizer_of_tasks().pad_token_id
-    given = [(torch.stack(of_one) != pad).any(-1) | (not only_marked) for of_one in marks]
+    given = [(of_one != pad).any(-1) | (not only_marked) for of_one in marks]
     rows = [
-        _row(example, spec, is_given.flatten().tolist())
+        _row(example, spec, is_given.flatten().tolist() if only_marked else None)
         for example, is_given in zip(examples, given, strict=True)
     ]
     length = max(len(row.input_ids) for row in rows)
@@ -173,11 +193,10 @@ def collate(
         [values + padding * (length - len(values)) for values in field]
         for field, padding in zip(zip(*rows, strict=True), _PADDING, strict=True)
     ]
-    pictures = torch.cat([pixels(example) for example in examples])
+    pictures = torch.cat([pixels(example, spec) for example in examples])
     if blind:
         pictures = torch.zeros_like(pictures)
-    stacked = torch.stack([one for of_one in marks for one in of_one])
-    return Batch(*map(torch.tensor, padded), pictures, stacked, torch.cat(given))
+    return Batch(*map(torch.tensor, padded), pictures, torch.cat(marks), torch.cat(given))
 
 
 class TrainingBatches(IterableDataset):

@@ -1,4 +1,4 @@
-"""The lab's model: LLaVA's own architecture, small, and a tokenizer of the tasks' words."""
+"""The lab's models: LLaVA's and LLaVA-NeXT's architecture, small, and a tokenizer of the tasks."""
 
 import dataclasses
 import string
@@ -17,6 +17,7 @@ from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
 TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE.replace(".upper()", "").replace(
     "ASSISTANT", "assistant"
 )
+Llava = transformers.LlavaForConditionalGeneration | transformers.LlavaNextForConditionalGeneration
 WORDS_OF_TASKS = """
     a above after all are assistant below black blue bottom bus car cat circle colour colours comes
     cross cup dog egg fan from green hat how in ink is it jam key largest larger left leg list many
@@ -32,7 +33,8 @@ class LabModel:
 
     Attributes:
         side: Pixels a side of every picture.
-        patch_size: Pixels a side of a patch; a picture has (side / patch_size)^2 tokens.
+        tiles: A side. If more than one, a LLaVA-NeXT that sees an overview and the tiles.
+        patch_size: Pixels a side of a patch.
         layers: Of the language model.
         hidden_size: Of the language model.
         heads: Of 64 channels; half as many KV heads.
@@ -41,6 +43,7 @@ class LabModel:
     """
 
     side: int = 336
+    tiles: int = 1
     patch_size: int = 14
     layers: int = 6
     hidden_size: int = 256
@@ -49,13 +52,31 @@ class LabModel:
     vision_hidden_size: int = 192
 
     @property
+    def tile_side(self) -> int:
+        """Pixels a side of what the vision tower sees."""
+        return self.side // self.tiles
+
+    @property
+    def num_views(self) -> int:
+        """How often the vision tower looks at a picture."""
+        return 1 + self.tiles**2 if self.tiles > 1 else 1
+
+    @property
+    def tokens_per_view(self) -> int:
+        return (self.tile_side // self.patch_size) ** 2
+
+    @property
     def tokens_per_image(self) -> int:
-        return (self.side // self.patch_size) ** 2
+        """Of the language model; lines over the tiles have a token for their end."""
+        num_lines = self.side // self.patch_size
+        line_ends = num_lines if self.tiles > 1 else 0
+        return self.num_views * self.tokens_per_view + line_ends
 
 
 GPU = LabModel()
 CPU = LabModel(side=168, layers=4, vision_layers=4)
-PRESETS = {"gpu": GPU, "cpu": CPU}
+CPU_TILED = dataclasses.replace(CPU, side=336, tiles=2)
+PRESETS = {"gpu": GPU, "cpu": CPU, "cpu-tiled": CPU_TILED}
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -80,22 +101,31 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_processor(spec: LabModel) -> transformers.LlavaProcessor:
+def make_processor(spec: LabModel) -> transformers.LlavaProcessor | transformers.LlavaNextProcessor:
     """Pictures and text to the model's inputs."""
-    size = {"height": spec.side, "width": spec.side}
-    return transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(
-            size={"shortest_edge": spec.side}, crop_size=size
-        ),
-        tokenizer=make_tokenizer(),
-        chat_template=TEMPLATE,
-        patch_size=spec.patch_size,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    )
+    size = {
+        "size": {"shortest_edge": spec.tile_side},
+        "crop_size": {"height": spec.tile_side, "width": spec.tile_side},
+    }
+    common = {
+        "tokenizer": make_tokenizer(),
+        "chat_template": TEMPLATE,
+        "patch_size": spec.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    if spec.tiles == 1:
+        return transformers.LlavaProcessor(transformers.CLIPImageProcessor(**size), **common)
+    tiler = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=_pinpoints(spec))
+    return transformers.LlavaNextProcessor(tiler, **common)
 
 
-def make_model(spec: LabModel) -> transformers.LlavaForConditionalGeneration:
+def _pinpoints(spec: LabModel) -> list[list[int]]:
+    """The one tiling that there is, height and width in pixels."""
+    return [[spec.side, spec.side]]
+
+
+def make_model(spec: LabModel) -> Llava:
     """A model with fresh weights; seed torch before."""
     tokenizer = make_tokenizer()
     vision = transformers.CLIPVisionConfig(
@@ -103,7 +133,7 @@ def make_model(spec: LabModel) -> transformers.LlavaForConditionalGeneration:
         intermediate_size=4 * spec.vision_hidden_size,
         num_hidden_layers=spec.vision_layers,
         num_attention_heads=spec.vision_hidden_size // 64,
-        image_size=spec.side,
+        image_size=spec.tile_side,
         patch_size=spec.patch_size,
     )
     text = transformers.LlamaConfig(
@@ -120,19 +150,25 @@ def make_model(spec: LabModel) -> transformers.LlavaForConditionalGeneration:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=spec.tokens_per_image,
+    common = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_seq_length": spec.tokens_per_view,
         # The last layer: a small tower has none to spare.
-        vision_feature_layer=-1,
-    )
-    model = transformers.LlavaForConditionalGeneration(config)
+        "vision_feature_layer": -1,
+    }
+    model: Llava
+    if spec.tiles == 1:
+        config = transformers.LlavaConfig(**common)
+        model = transformers.LlavaForConditionalGeneration(config)
+    else:
+        config = transformers.LlavaNextConfig(**common, image_grid_pinpoints=_pinpoints(spec))
+        model = transformers.LlavaNextForConditionalGeneration(config)
     embeddings = model.model.vision_tower.embeddings
     with torch.no_grad():
         places = embeddings.position_embedding.weight[1:]
-        places.copy_(_waves(spec.side // spec.patch_size, spec.vision_hidden_size))
+        places.copy_(_waves(spec.tile_side // spec.patch_size, spec.vision_hidden_size))
     return model
 
 
@@ -149,7 +185,7 @@ def _waves(num: int, channels: int) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1)
 
 
-def save(model: transformers.LlavaForConditionalGeneration, spec: LabModel, out: Path) -> None:
+def save(model: Llava, spec: LabModel, out: Path) -> None:
     """Write a folder that transformers and vLLM load."""
     model.save_pretrained(out, max_shard_size="100GB")
     make_processor(spec).save_pretrained(out)

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from checkpoint import picture_side
 from lab_model import LabModel, save
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 LARGEST_FILE = 16 * 2**20
 
@@ -30,10 +31,9 @@ def main() -> None:
     out, last = arguments.out, arguments.runs[-1]
     unfinished = out.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model = LlavaForConditionalGeneration.from_pretrained(last / "model", dtype=torch.bfloat16)
-    vision = model.config.vision_config
-    spec = LabModel(side=vision.image_size, patch_size=vision.patch_size)
-    save(model, spec, unfinished)
+    model = AutoModelForImageTextToText.from_pretrained(last / "model", dtype=torch.bfloat16)
+    vision, side = model.config.vision_config, picture_side(model.config)
+    save(model, LabModel(side, side // vision.image_size, vision.patch_size), unfinished)
     for place, run in enumerate(arguments.runs):
         (unfinished / f"training-{place}.jsonl").write_text((run / "log.jsonl").read_text())
     if (card := out / "README.md").exists():

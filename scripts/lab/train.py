@@ -33,7 +33,7 @@ from batches import (
 from examples import LEVELS
 from lab_model import PRESETS, LabModel, make_model, save
 from torch.nn.functional import normalize
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 WARM_UP_STEPS = 200
 SIGHT_WEIGHT = 0.5
@@ -83,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.blind and arguments.marked_steps:
         # Which patches show something would tell what there is.
         parser.error("--blind shows grey pictures whole: leave --marked-steps out")
+    if PRESETS[arguments.preset].tiles > 1 and arguments.marked_steps:
+        parser.error(f"--preset {arguments.preset} shows tiles whole: leave --marked-steps out")
     return arguments
 
 
@@ -96,10 +98,9 @@ class Trainer:
         torch.manual_seed(arguments.seed)
         self.model = make_model(self.spec)
         if arguments.start:
-            started = LlavaForConditionalGeneration.from_pretrained(arguments.start)
-            self.model.load_state_dict(started.state_dict())
+            self._start(arguments.start)
         if arguments.tower_from:
-            started = LlavaForConditionalGeneration.from_pretrained(arguments.tower_from)
+            started = AutoModelForImageTextToText.from_pretrained(arguments.tower_from)
             self.model.model.vision_tower.load_state_dict(started.model.vision_tower.state_dict())
         self.model.to(self.device)
         vocab = self.model.config.text_config.vocab_size
@@ -117,6 +118,14 @@ class Trainer:
         self.state_file = arguments.out / "state.pt"
         if self.state_file.exists():
             self._resume()
+
+    def _start(self, folder: Path) -> None:
+        """Take all weights of a checkpoint; it need not know of tiles."""
+        weights = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        if self.spec.tiles > 1:
+            line_end = self.model.model.image_newline
+            weights.setdefault("model.image_newline", torch.zeros_like(line_end))
+        self.model.load_state_dict(weights)
 
     def _recipe(self) -> dict[str, Any]:
         """What must be the same when a run goes on."""
@@ -202,7 +211,7 @@ class Trainer:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
     def _features(self, batch: Batch) -> torch.Tensor:
-        """Class token and patches, [num_images, 1 + tokens_per_image, vision_hidden_size]."""
+        """Class token and patches, [num_views, 1 + tokens_per_view, vision_hidden_size]."""
         with self._autocast():
             states = self.model.model.vision_tower(
                 batch.pixel_values, output_hidden_states=True
@@ -210,7 +219,7 @@ class Trainer:
         return states[self.model.config.vision_feature_layer]
 
     def _marks_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """[num_images, tokens_per_image, len(KINDS), vocab]."""
+        """[num_views, tokens_per_view, len(KINDS), vocab]."""
         return self.marks_head(features[:, 1:].float()).unflatten(-1, (len(KINDS), -1))
 
     def _sight_loss(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
@@ -227,9 +236,21 @@ class Trainer:
         return of_patches + torch.nn.functional.binary_cross_entropy_with_logits(words, shown)
 
     def _projected(self, features: torch.Tensor) -> torch.Tensor:
-        """Patches as the language model sees them, [num_images, tokens_per_image, hidden_size]."""
+        """Patches as the language model sees them, [num_views, tokens_per_view, hidden_size]."""
         with self._autocast():
             return self.model.model.multi_modal_projector(features[:, 1:])
+
+    def _image_tokens(self, batch: Batch, projected: torch.Tensor) -> torch.Tensor:
+        """What takes the places of image tokens, [num_image_tokens, hidden_size]."""
+        if self.spec.tiles == 1:
+            return projected[batch.is_given]
+        pictures = projected.unflatten(0, (-1, self.spec.num_views))
+        sizes = torch.full((len(pictures), 2), self.spec.side)
+        model = self.model.model
+        packed, _ = model.pack_image_features(
+            list(pictures), sizes, "default", image_newline=model.image_newline
+        )
+        return torch.cat(packed)
 
     def _words_loss(self, batch: Batch, projected: torch.Tensor) -> torch.Tensor:
         """Of what patches show being near, by angle, to the embeddings of its words."""
@@ -244,7 +265,7 @@ class Trainer:
         model = self.model.model
         with self._autocast():
             embeddings = model.get_input_embeddings()(batch.input_ids)
-            pictures = projected[batch.is_given].to(embeddings.dtype)
+            pictures = self._image_tokens(batch, projected).to(embeddings.dtype)
             is_picture = batch.input_ids == self.model.config.image_token_id
             embeddings = embeddings.masked_scatter(is_picture[..., None], pictures)
             output = model.language_model(

@@ -1,5 +1,6 @@
 """The lab's model and its batches; runs are a few steps of a model that learns nothing."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import family_album
 import pytest
 import tasks
 import torch
+import train as train_program
 from batches import (
     IGNORED,
     KINDS,
@@ -27,6 +29,7 @@ from lab_model import LabModel, make_model, make_processor, make_tokenizer
 from PIL import Image
 
 SPEC = LabModel(side=84, layers=1, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
+TILED = dataclasses.replace(SPEC, side=168, tiles=2)
 EVERY = [(family, level) for family in tasks.CHOICES for level in LEVELS]
 TRAIN = Path(__file__).parents[2] / "scripts" / "lab" / "train.py"
 
@@ -43,22 +46,25 @@ def test_every_word_is_known(family: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["objects", "frames"])
-def test_inputs_are_those_of_the_processor(family: str) -> None:
-    one = tasks.example(family, "hard", "train", 3, SPEC.side)
-    processor = make_processor(SPEC)
+@pytest.mark.parametrize("spec", [SPEC, TILED], ids=["whole", "tiled"])
+def test_inputs_are_those_of_the_processor(family: str, spec: LabModel) -> None:
+    one = tasks.example(family, "hard", "train", 3, spec.side)
+    processor = make_processor(spec)
     content = [{"type": "image"}] * len(one.images) + [{"type": "text", "text": one.question}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     expected = processor(images=one.images, text=text, return_tensors="pt")
-    batch = collate([one], SPEC)
+    batch = collate([one], spec)
     num_prompt = expected.input_ids.shape[1]
-    pictures, words = prompt_ids(len(one.images), one.question, SPEC)
+    pictures, words = prompt_ids(len(one.images), one.question, spec)
     ids = expected.input_ids[0].tolist()
     assert pictures + words == ids
     assert ids[0] == processor.tokenizer.bos_token_id not in ids[1:]
     assert torch.equal(batch.input_ids[:, :num_prompt], expected.input_ids)
-    assert torch.allclose(batch.pixel_values, expected.pixel_values, atol=1e-5)
+    pixels = expected.pixel_values.flatten(0, -4)
+    assert torch.allclose(batch.pixel_values, pixels, atol=1e-5)
+    assert len(pixels) == len(one.images) * spec.num_views
 
 
 def test_only_answers_have_labels() -> None:
@@ -84,12 +90,13 @@ def test_questions_side_by_side_do_not_see_each_other(family: str) -> None:
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
+def answer_logits(model: Any, batch: Batch, **more: torch.Tensor) -> torch.Tensor:
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask(),
         position_ids=batch.position_ids,
         pixel_values=batch.pixel_values,
+        **more,
     ).logits
     return logits[:, :-1][batch.labels[:, 1:] != IGNORED]
 
@@ -104,6 +111,34 @@ def test_patches_are_marked_by_what_they_show() -> None:
     assert torch.equal(colour != tokenizer.pad_token_id, shape != tokenizer.pad_token_id)
     assert tokenizer.decode([first[3, 3], second[3, 4]]) == "4 2"
     assert (torch.stack([value, character, third]) == tokenizer.pad_token_id).all()
+
+
+def test_tiles_are_marked_as_they_lie() -> None:
+    mark = Mark((0.25, 0.75, 0.5, 1.0), shape="star")
+    overview, *tiles = patch_marks([mark], TILED)[:, :, 0].view(5, 6, 6)
+    star = make_tokenizer().convert_tokens_to_ids("star")
+    assert torch.equal(overview, patch_marks([mark], SPEC)[0, :, 0].view(6, 6))
+    expected = torch.zeros(6, 6, dtype=torch.bool)
+    expected[3:, 3:] = True
+    shown = [tile == star for tile in tiles]
+    assert torch.equal(shown.pop(2), expected), "the lower left one"
+    assert not torch.stack(shown).any()
+
+
+def test_a_trainer_sees_what_transformers_computes_of_tiles(tmp_path: Path, monkeypatch) -> None:
+    command = ["train.py", "--out", str(tmp_path), "--preset", "cpu-tiled", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setitem(train_program.PRESETS, "cpu-tiled", TILED)
+    trainer = train_program.Trainer(train_program.parse_arguments())
+    batch = collate([tasks.example("frames", "hard", "train", 0, TILED.side, QUESTIONS)], TILED)
+    with torch.inference_mode():
+        projected = trainer._projected(trainer._features(batch))
+        found, _ = trainer._logits(batch, projected)
+        sizes = torch.full((4, 2), TILED.side)
+        views = batch.pixel_values.unflatten(0, (-1, TILED.num_views))
+        inputs = batch._replace(pixel_values=views)
+        expected = answer_logits(trainer.model, inputs, image_sizes=sizes)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_a_written_character_is_marked_where_it_stands() -> None:
