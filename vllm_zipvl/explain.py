@@ -58,7 +58,7 @@ def explain(
     """Ask with all tokens and with the kept ones.
 
     Raises:
-        ValueError: The model or its processor takes no pictures.
+        ValueError: The model merges patches: the picture has fewer tokens than patches.
     """
     content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template(

@@ -38,16 +38,44 @@ class Question(NamedTuple):
         return self.methods[method]["answer"] == self.expected
 
 
+def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a file of `evaluate.py`, and how many bytes these are.
+
+    Raises:
+        SystemExit: It has other lines, or cannot be read.
+    """
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise SystemExit(f"{file}: {error.strerror}") from error
+    num_bytes = text.rfind(b"\n") + 1
+    # An interruption leaves a part of a row.
+    if num_bytes < len(text) and not text[num_bytes:].startswith(b'{"'):
+        raise SystemExit(f"{file} is no file of answers; choose another one")
+    rows = []
+    for number, line in enumerate(text[:num_bytes].splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            is_row = "methods" in row
+        except (ValueError, TypeError):
+            is_row = False
+        if not is_row:
+            raise SystemExit(f"{file}, line {number}: no answers to a question")
+        rows.append(row)
+    return rows, num_bytes
+
+
 def read(files: Iterable[Path]) -> list[Question]:
     """All rows, those of one question put together.
 
     Raises:
-        SystemExit: They are of several models, or of several versions of the tasks.
+        SystemExit: They are of several models, or of several versions of the tasks; a file has
+            other lines.
     """
     found: dict[tuple[str, str, int], Question] = {}
     models = set()
     for file in files:
-        for row in map(json.loads, file.read_text().splitlines()):
+        for row in read_rows(file)[0]:
             key = (row["family"], row["level"], row["index"])
             for outcome in row["methods"].values():
                 outcome["answer"] = normal(outcome["answer"])

@@ -10,14 +10,17 @@ MODELS = {
     "llava": transformers.LlavaForConditionalGeneration,
     "llava_next": transformers.LlavaNextForConditionalGeneration,
 }
+CLIP = "clip_vision_model"
 
 
 def config_of(folder: Path) -> Any:
     """A checkpoint's config.
 
     Raises:
-        SystemExit: There is none, or it is of a model that the lab does not take.
+        SystemExit: It is no folder of a model that the lab takes.
     """
+    if not folder.is_dir():
+        raise SystemExit(f"--model {folder}: there is no such folder")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -27,6 +30,15 @@ def config_of(folder: Path) -> Any:
             f"{folder} is of type {config.model_type}; "
             f"--model takes a vision-language model of type {' or '.join(MODELS)}"
         )
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if config.vision_config.model_type != CLIP or strategy != "default" or not layer:
+        raise SystemExit(
+            f"{folder}: its vision tower must be CLIP's, whose class token is left out"
+        )
+    if not isinstance(layer, int):
+        raise SystemExit(f"{folder} sees features of the layers {layer}, and must see those of one")
+    if not list(folder.glob("*.safetensors")):
+        raise SystemExit(f"{folder} has no weights in safetensors")
     return config
 
 

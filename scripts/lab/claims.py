@@ -123,11 +123,17 @@ def _of_adaptation(questions: list[Question]) -> list[list[str]]:
 def _of_fixed(questions: list[Question], methods: list[str]) -> list[list[str]]:
     """Fixed shares around an adaptive one, as none is equal to it; the one nearest to half."""
     fixed = [name for name in methods if name.startswith("fixed-")]
+    if not fixed:
+        return []
     adaptive = min(_adaptive(methods), key=lambda name: abs(mean(questions, name, "kept") - 0.5))
     share = mean(questions, adaptive, "kept")
     around = _at_share(questions, fixed, share)
+    if around is None:
+        claim = f"{adaptive} better than a fixed share of as many tokens"
+        measured = f"no two fixed shares lie around {percent(share)} % kept"
+        return [[claim, measured, "not comparable"]]
     rows = []
-    for other, least in zip(around or (), ("smaller", "larger"), strict=False):
+    for other, least in zip(around, ("smaller", "larger"), strict=True):
         found = difference(questions, adaptive, other)
         kept = percent(mean(questions, other, "kept"))
         claim = f"{adaptive} at {percent(share)} % kept better than the next {least} fixed share"

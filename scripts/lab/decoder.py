@@ -11,23 +11,35 @@ MAX_ANSWER = 32
 """Tokens; the longest list has nine words."""
 
 
+class Picture(NamedTuple):
+    """What the vision tower's class token attends to in one picture.
+
+    Attributes:
+        scores: In the layer whose features the language model sees, [num_tokens].
+        views: Where a token comes from, int64 [num_tokens]: 0 for the picture, or the overview of
+            one with tiles; the tile's number from 1 on; -1 for ends of lines.
+        tile_content: How much of the overview's attention in the first layer lies in each tile,
+            [num_tiles]; None without tiles.
+    """
+
+    scores: torch.Tensor
+    views: torch.Tensor
+    tile_content: torch.Tensor | None = None
+
+
 class Asked(NamedTuple):
     """One question.
 
     Attributes:
         embeddings: Of pictures and words, [num_tokens, hidden_size].
         is_image: Bool [num_tokens].
-        image_scores: What the vision tower's class token attends to, [num_image_tokens].
-        image_parts: Which picture, overview or tile a token belongs to, [num_image_tokens].
-        part_shares: Of the tokens left where only these scores decide, [num_parts].
+        pictures: As the vision tower's class token sees them.
         other_words: Of another question about the same pictures, [num_words, hidden_size].
     """
 
     embeddings: torch.Tensor
     is_image: torch.Tensor
-    image_scores: torch.Tensor
-    image_parts: torch.Tensor
-    part_shares: torch.Tensor
+    pictures: list[Picture]
     other_words: torch.Tensor
 
     @property
@@ -65,7 +77,8 @@ class Decoder:
     def __init__(self, model: Any) -> None:
         self.language_model = model.model.language_model
         self.head = model.lm_head
-        self.end = model.config.text_config.eos_token_id
+        ends = model.generation_config.eos_token_id
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
         self.num_layers = len(self.language_model.layers)
 
     @contextmanager
@@ -115,7 +128,7 @@ class Decoder:
         """
         found: list[int] = []
         token = self.next_token(hidden)
-        while token != self.end and len(found) < MAX_ANSWER:
+        while token not in self.ends and len(found) < MAX_ANSWER:
             found.append(token)
             embedding = self.language_model.embed_tokens(torch.tensor([token]))
             position = torch.tensor([num_tokens + len(found) - 1])

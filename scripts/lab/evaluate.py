@@ -11,21 +11,25 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 import re
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from answers import read_rows
 from checkpoint import config_of, load_model, picture_side
-from decoder import Decoder
+from decoder import Decoder, Method
 from examples import Example
 from method_zipvl import ZipVL
-from methods import METHODS
+from methods import METHODS, at_package_defaults
 from questions import Key, add_arguments, draw, questions_digest, test_set
 from seeing import see
 from tqdm import tqdm
+
+READ = ("*.safetensors", "*.json", "*.jinja")
+"""Files of a checkpoint that decide its answers."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,20 +45,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def answered(out: Path, digests: dict[str, str]) -> set[tuple[Key, str]]:
-    """Questions and methods that a file holds.
+    """Questions and methods that a file holds; what an interruption left of a line is cut off.
 
     Raises:
-        SystemExit: It holds answers with another digest.
+        SystemExit: It holds answers with another digest, or other things.
     """
     if not out.exists():
         return set()
-    text = out.read_text()
-    # What an interruption left of a line.
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        out.write_text(whole)
+    rows, whole = read_rows(out)
     found = set()
-    for row in map(json.loads, whole.splitlines()):
+    for row in rows:
         for name, outcome in row["methods"].items():
             if name in digests and outcome["digest"] != digests[name]:
                 raise SystemExit(
@@ -62,6 +62,7 @@ def answered(out: Path, digests: dict[str, str]) -> set[tuple[Key, str]]:
                     "choose another file"
                 )
             found.add((Key(row["family"], row["level"], row["index"]), name))
+    os.truncate(out, whole)
     return found
 
 
@@ -70,27 +71,32 @@ class Run(NamedTuple):
 
     Attributes:
         model: Digest of the checkpoint.
+        methods: By name.
         digests: Per method, of all that decides its answers.
         suffix: Follows every question.
     """
 
     model: str
+    methods: dict[str, Method]
     digests: dict[str, str]
     suffix: str
 
     @classmethod
-    def of(cls, folder: Path, suffix: str) -> "Run":
+    def of(cls, folder: Path, suffix: str, package_defaults: bool) -> "Run":
         found = hashlib.sha256()
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        for file in sorted(file for kind in READ for file in folder.glob(kind)):
             found.update(file.read_bytes())
+        methods = METHODS
+        if package_defaults:
+            methods = {name: at_package_defaults(method) for name, method in METHODS.items()}
         questions = questions_digest()
         digests = {}
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             config = method.config if isinstance(method, ZipVL) else None
             # Functions show where they lie in memory.
             what = re.sub(r" at 0x[0-9a-f]+", "", repr((method, config, suffix, questions)))
             digests[name] = hashlib.sha256(found.digest() + what.encode()).hexdigest()[:12]
-        return cls(found.hexdigest()[:12], digests, suffix)
+        return cls(found.hexdigest()[:12], methods, digests, suffix)
 
 
 def describe(
@@ -123,10 +129,10 @@ class Worker:
         asked = see(self.model, self.processor, example, self.run.suffix)
         found = {}
         for name in methods:
-            outcome = METHODS[name](self.decoder, asked)
+            outcome = self.run.methods[name](self.decoder, asked)
             found[name] = {
                 "digest": self.run.digests[name],
-                "answer": self.processor.tokenizer.decode(outcome.answer),
+                "answer": self.processor.tokenizer.decode(outcome.answer, skip_special_tokens=True),
                 "kept": [round(share, 4) for share in outcome.kept],
                 "flops": round(outcome.flops, 4),
                 "kv_bytes": round(outcome.kv_bytes, 4),
@@ -135,35 +141,40 @@ class Worker:
         return {**row, "methods": found}
 
 
-_worker: Worker
+_worker: Worker | Exception
 
 
 def _start(folder: Path, run: Run) -> None:
     global _worker
-    _worker = Worker(folder, run)
+    try:
+        _worker = Worker(folder, run)
+    except Exception as error:
+        # The pool would start another process in its place, and so on.
+        _worker = error
 
 
 def _run(task: tuple[Key, list[str]]) -> dict[str, Any]:
+    if isinstance(_worker, Exception):
+        raise _worker
     return _worker.row(*task)
 
 
 def main() -> None:
     arguments = parse_arguments()
     config_of(arguments.model)
-    run = Run.of(arguments.model, arguments.suffix)
+    run = Run.of(arguments.model, arguments.suffix, arguments.package_defaults)
     done = answered(arguments.json, run.digests)
     todo = []
     for key in test_set(arguments.questions, arguments.families):
         methods = [name for name in arguments.methods if (key, name) not in done]
         if methods:
             todo.append((key, methods))
-    spawn = multiprocessing.get_context("spawn")
-    # Unlike multiprocessing's pool it ends where a worker cannot start.
+    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(arguments.workers, spawn, _start, (arguments.model, run)) as pool,
+        context.Pool(arguments.workers, _start, (arguments.model, run)) as pool,
         arguments.json.open("a") as file,
     ):
-        for row in tqdm(pool.map(_run, todo, chunksize=4), total=len(todo), unit="question"):
+        for row in tqdm(pool.imap(_run, todo, chunksize=4), total=len(todo), unit="question"):
             file.write(json.dumps(row) + "\n")
             file.flush()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import config_of, picture_side
-from decoder import MAX_ANSWER
+from decoder import MAX_ANSWER, Method
 from evaluate import Run, answered, describe
-from method_zipvl import BLOCK_SIZE, LAB_SETTINGS, ZipVL
+from method_zipvl import BLOCK_SIZE, ZipVL
 from methods import METHODS
 from questions import add_arguments, draw, prompt, test_set
 from tqdm import tqdm
@@ -32,28 +32,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=served, default=["full", "zipvl"])
     parser.add_argument("--json", type=Path, required=True)
     add_arguments(parser)
+    parser.add_argument("--max-model-len", type=int, default=4096, help="tokens of a question")
     return parser.parse_args()
 
 
-def start(folder: Path, name: str) -> Any:
+def start(folder: Path, method: Method, max_model_len: int) -> Any:
     """An engine that computes every prompt whole, so that it chooses what the oracle chooses."""
     from vllm import LLM
 
     settings: dict[str, Any] = {}
-    if name != "full":
-        method = METHODS[name]
-        assert isinstance(method, ZipVL)
+    if isinstance(method, ZipVL):
         settings = {
             "attention_backend": "zipvl",
             "block_size": BLOCK_SIZE,
-            "additional_config": {"zipvl": {**LAB_SETTINGS, **method.settings}},
+            "additional_config": {"zipvl": {**method.base, **method.settings}},
         }
     return LLM(
         str(folder),
         dtype="float32",
-        max_model_len=4096,
+        max_model_len=max_model_len,
         max_num_seqs=8,
-        max_num_batched_tokens=8 * 4096,
+        max_num_batched_tokens=8 * max_model_len,
         limit_mm_per_prompt={"image": 32},
         enforce_eager=True,
         **settings,
@@ -67,7 +66,7 @@ def main() -> None:
     greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER)
     side = picture_side(config_of(arguments.model))
     processor = AutoProcessor.from_pretrained(arguments.model)
-    run = Run.of(arguments.model, arguments.suffix)
+    run = Run.of(arguments.model, arguments.suffix, arguments.package_defaults)
     digests = {f"engine {name}": run.digests[name] for name in arguments.methods}
     done = answered(arguments.json, digests)
     for name in arguments.methods:
@@ -79,8 +78,8 @@ def main() -> None:
         ]
         if not todo:
             continue
-        llm = start(arguments.model, name)
         with arguments.json.open("a") as file, tqdm(total=len(todo), unit="question") as bar:
+            llm = start(arguments.model, run.methods[name], arguments.max_model_len)
             for first in range(0, len(todo), BATCH):
                 keys = todo[first : first + BATCH]
                 examples = [draw(key, side) for key in keys]

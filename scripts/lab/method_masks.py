@@ -10,7 +10,6 @@ from decoder import Asked, Decoder, Outcome
 from transformers import AttentionInterface, DynamicCache
 
 NAME = "lab_masked"
-FIRST_COLUMNS, NEAREST_DIAGONALS = 2, 4
 Pattern = Callable[[torch.Tensor], torch.Tensor]
 """Causal softmax weights [num_heads, n, n] to a bool mask of the pairs that stay."""
 
@@ -70,14 +69,16 @@ class QKSparse:
     """Each head drops queries and keys (arXiv 2306.01160); dropped queries give zeros.
 
     That paper drops at random or as the model was trained to. Here a head drops the tokens that
-    carry least attention per query that may see them, as keys and as queries; the last 16 stay,
-    since the answer comes from them.
+    carry least attention per query that may see them, as keys and as queries; the last ones stay,
+    since the answer comes from them. It looks at all pairs to find them.
 
     Attributes:
         kept: Share of the tokens that each head keeps.
+        num_last: Tokens that stay in any case.
     """
 
     kept: float
+    num_last: int = 16
 
     def __call__(self, weights: torch.Tensor) -> torch.Tensor:
         n = weights.shape[1]
@@ -85,7 +86,7 @@ class QKSparse:
         order = (weights.sum(1) / visible).sort(descending=True, stable=True).indices
         stays = torch.zeros(weights.shape[:2], dtype=torch.bool)
         stays.scatter_(1, order[:, : math.ceil(self.kept * n)], True)
-        stays[:, -16:] = True
+        stays[:, -self.num_last :] = True
         return stays[:, :, None] & stays[:, None, :]
 
 
@@ -93,25 +94,31 @@ class QKSparse:
 class VerticalSlash:
     """The columns and diagonals that the last queries use most: MInference (arXiv 2407.02490).
 
-    The first columns and the nearest diagonals stay whatever the last queries use.
+    Its counts are for long prompts; these are for short ones.
 
     Attributes:
         vertical: Share of the columns.
         slash: Share of the diagonals.
+        num_last: Queries that decide.
+        num_first: Columns, from the first on, that stay whatever these queries use.
+        num_nearest: Diagonals, from the nearest on, that stay.
     """
 
     vertical: float
     slash: float
+    num_last: int = 16
+    num_first: int = 2
+    num_nearest: int = 4
 
     def __call__(self, weights: torch.Tensor) -> torch.Tensor:
         num_heads, n, _ = weights.shape
-        last = weights[:, -16:]
+        last = weights[:, -self.num_last :]
         columns = last.sum(1)
-        columns[:, :FIRST_COLUMNS] = torch.inf
+        columns[:, : self.num_first] = torch.inf
         offsets = torch.arange(n)[:, None] - torch.arange(n)
-        of_last = offsets[-16:].clamp(min=0).expand(num_heads, -1, -1).flatten(1)
+        of_last = offsets[-self.num_last :].clamp(min=0).expand(num_heads, -1, -1).flatten(1)
         diagonals = torch.zeros(num_heads, n).scatter_add_(1, of_last, last.flatten(1))
-        diagonals[:, :NEAREST_DIAGONALS] = torch.inf
+        diagonals[:, : self.num_nearest] = torch.inf
         top_columns = torch.zeros(num_heads, n, dtype=torch.bool)
         top_columns.scatter_(1, columns.topk(math.ceil(self.vertical * n)).indices, True)
         top_diagonals = torch.zeros(num_heads, n, dtype=torch.bool)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from decoder import Asked, Decoder, Outcome
+from decoder import Asked, Decoder, Outcome, Picture
 from transformers import DynamicCache
 
 from vllm_zipvl.core.selection import top_mask
@@ -58,25 +58,21 @@ class FastV:
 class HiRED:
     """Drops image tokens by what the vision tower's class token attends to (arXiv 2408.10945).
 
-    Whole pictures have the same budget each; of a picture with tiles the overview has half, and
-    the tiles share the rest by what the overview's class token attends to.
+    The budget of a picture with tiles is split: the overview has a fixed share, and tiles share
+    the rest by how much of the overview's attention in the tower's first layer lies in them. Ends
+    of lines are dropped.
 
     Attributes:
-        kept: Share of all image tokens that the language model sees, at most.
+        kept: Budget of a picture, as a share of its tokens.
+        overview: Share of the budget (alpha).
     """
 
     kept: float
+    overview: float = 0.5
 
     def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
-        budgets = self.kept * len(asked.image_scores) * asked.part_shares.double()
-        seen = torch.zeros_like(asked.image_parts, dtype=torch.bool)
-        for part, budget in enumerate(budgets.tolist()):
-            inside = asked.image_parts == part
-            scores = asked.image_scores.masked_fill(~inside, -1)
-            # A share of 1/3 in float32 times 3 is a little more or less than 1.
-            seen |= top_mask(scores, min(math.floor(budget + 1e-3), int(inside.sum())))
         there = ~asked.is_image
-        there[asked.is_image] = seen
+        there[asked.is_image] = torch.cat([self._kept(picture) for picture in asked.pictures])
         num_tokens = int(there.sum())
         cache = DynamicCache()
         with decoder.attending("sdpa"):
@@ -85,3 +81,19 @@ class HiRED:
             answer = decoder.answer(hidden, num_tokens, cache)
         share = num_tokens / asked.num_tokens
         return Outcome(answer, [share] * decoder.num_layers, share**2, share)
+
+    def _kept(self, picture: Picture) -> torch.Tensor:
+        """Bool [num_tokens]."""
+        sizes = picture.views[picture.views >= 0].bincount().tolist()
+        budget = math.floor(self.kept * len(picture.scores))
+        budgets = [budget]
+        if picture.tile_content is not None:
+            # What a small overview has no use for is left to the tiles.
+            budgets = [min(math.floor(self.overview * budget), sizes[0])]
+            shares = picture.tile_content / picture.tile_content.sum()
+            budgets += [math.floor((budget - budgets[0]) * share) for share in shares.tolist()]
+        kept = torch.zeros_like(picture.views, dtype=torch.bool)
+        for view, (size, num) in enumerate(zip(sizes, budgets, strict=True)):
+            elsewhere = picture.views != view
+            kept |= top_mask(picture.scores.masked_fill(elsewhere, -1), min(size, num))
+        return kept

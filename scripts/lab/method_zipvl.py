@@ -30,7 +30,7 @@ class ZipVL:
     """Adaptive sparse prefill and a cache at two precisions.
 
     Attributes:
-        settings: Beside or instead of `LAB_SETTINGS`.
+        settings: Beside or instead of those of `base`.
         choose: In the place of the package's selection.
         num_dense_layers: First layers whose prefill attends densely.
         protects_text: Whether words are kept whatever their scores.
@@ -38,6 +38,7 @@ class ZipVL:
         chunk: Tokens of a chunk of the prompt; None is the whole prompt.
         shares_prefix: Whether the pictures' keys and values come from another question about them,
             as on a prefix-cache hit.
+        base: What differs from the package's defaults in all methods.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -47,10 +48,11 @@ class ZipVL:
     block_size: int = BLOCK_SIZE
     chunk: int | None = None
     shares_prefix: bool = False
+    base: dict[str, Any] = field(default_factory=LAB_SETTINGS.copy)
 
     @property
     def config(self) -> ZipVLConfig:
-        return ZipVLConfig(**{**LAB_SETTINGS, **self.settings})
+        return ZipVLConfig(**{**self.base, **self.settings})
 
     def __call__(self, decoder: Decoder, asked: Asked) -> Outcome:
         choose = _with_text(self.choose, asked.is_image) if self.protects_text else self.choose
@@ -58,8 +60,7 @@ class ZipVL:
         n = asked.num_tokens
         with decoder.attending(NAME):
             first = self._take_prefix(decoder, asked, cache) if self.shares_prefix else 0
-            for start in range(first, n, self.chunk or n):
-                positions = torch.arange(start, min(start + (self.chunk or n), n))
+            for positions in self._chunks(first, n):
                 hidden = decoder.run(asked.embeddings[positions], positions, cache)
             selections = cache.selections()
             answer = decoder.answer(hidden, asked.num_tokens, cache)
@@ -73,6 +74,14 @@ class ZipVL:
         flops = sum(share**2 for share in attends) / len(attends)
         head_size = decoder.language_model.config.head_dim
         return Outcome(answer, attends, flops, self._kv_bytes(cache, n, head_size))
+
+    def _chunks(self, first: int, end: int) -> list[torch.Tensor]:
+        """Positions of each chunk from `first` on."""
+        chunks = list(torch.arange(first, end).split(self.chunk or end))
+        if len(chunks) > 1 and len(chunks[-1]) == 1:
+            # The oracle takes a single token for one of the answer.
+            chunks[-2:] = [torch.cat(chunks[-2:])]
+        return chunks
 
     def _take_prefix(self, decoder: Decoder, asked: Asked, cache: ZipVLCache) -> int:
         """Fill a cache with the whole blocks that another question computed; their length."""

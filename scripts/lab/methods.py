@@ -1,4 +1,6 @@
-"""All methods by name: `--method` of the evaluation."""
+"""All methods by name: `--methods` of the evaluation."""
+
+from dataclasses import replace
 
 from decoder import Method
 from method_full import full
@@ -29,6 +31,7 @@ METHODS: dict[str, Method] = {
     "cache-4/2": ZipVL({"sparse_prefill": False}),
     "cache-16/0": ZipVL({"sparse_prefill": False, "high_bits": 16, "low_bits": 0}),
     "fastv": FastV(),
+    "fastv-k1": FastV(layer=1),
     **{f"fastv-{dropped}": FastV(dropped=dropped) for dropped in (0.25, 0.75)},
     **{f"hired-{kept}": HiRED(kept) for kept in (0.2, 0.4, 0.6)},
     **{f"qk-sparse-{kept}": MaskedPrefill(QKSparse(kept)) for kept in (0.4, 0.6)},
@@ -49,3 +52,8 @@ METHODS: dict[str, Method] = {
     "in-chunks": ZipVL(chunk=64),
     "shared-prefix": ZipVL(shares_prefix=True),
 }
+
+
+def at_package_defaults(method: Method) -> Method:
+    """Without the lab's settings, which are for short prompts."""
+    return replace(method, base={}) if isinstance(method, ZipVL) else method

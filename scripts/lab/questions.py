@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
     )
     parser.add_argument("--questions", type=int, default=500, help="per family and level")
+    parser.add_argument(
+        "--package-defaults",
+        action="store_true",
+        help="ZipVL's own settings, not the lab's for short prompts",
+    )
     parser.add_argument("--suffix", default="", help="follows every question")
 
 

@@ -1,31 +1,17 @@
 """What a model's language part sees of a question."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from decoder import Asked
+from decoder import Asked, Picture
 from examples import Example
 from questions import prompt
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-OVERVIEW_SHARE = 0.5
-"""Of the tokens that HiRED leaves of a picture with tiles: alpha of arXiv 2408.10945."""
-IN_NO_PART = -1.0
-
-
-class Parts(NamedTuple):
-    """Pictures, and of those cut into tiles the overview and the tiles: HiRED's partitions.
-
-    Attributes:
-        scores: What the class token attends to in the layer of the vision tower whose features
-            the language model sees, mean over heads, [num_image_tokens].
-        place: Which part a token belongs to, int64 [num_image_tokens]; -1 for the ends of lines.
-        shares: Of all tokens that are left, [num_parts].
-    """
-
-    scores: torch.Tensor
-    place: torch.Tensor
-    shares: torch.Tensor
+LINE_END = -1.0
+"""In the place of scores and numbers of tiles, for tokens that show nothing."""
 
 
 @torch.inference_mode()
@@ -37,73 +23,95 @@ def see(model: Any, processor: Any, example: Example, suffix: str = "") -> Asked
         processor: The model's own.
         example: Pictures and questions.
         suffix: Follows every question, as "Answer with one word."
+
+    Returns:
+        The first question about the pictures.
     """
     texts = [prompt(processor, example, question.text + suffix) for question in example.questions]
     inputs = processor(images=example.images, text=texts[0], return_tensors="pt")
     sizes = {"image_sizes": inputs.image_sizes} if "image_sizes" in inputs else {}
-    seen = model.model.get_image_features(inputs.pixel_values, output_attentions=True, **sizes)
+    with _class_attention(model) as (first, seen):
+        features = model.model.get_image_features(inputs.pixel_values, **sizes).pooler_output
     ids = inputs.input_ids[0]
     embed = model.model.get_input_embeddings()
     is_image = ids == model.config.image_token_id
     embeddings = embed(ids).clone()
-    embeddings[is_image] = torch.cat(list(seen.pooler_output))
-    # Per picture or tile, what its class token attends to.
-    first, last = (
-        seen.attentions[layer][:, :, 0, 1:].mean(1)
-        for layer in (0, model.config.vision_feature_layer)
-    )
-    parts = _tiles(model, first, last, **sizes) if sizes else _pictures(last)
+    embeddings[is_image] = torch.cat(list(features))
     other = processor(images=example.images, text=texts[-1], return_tensors="pt").input_ids[0]
     last_image = int((other == model.config.image_token_id).nonzero().max())
-    return Asked(embeddings, is_image, *parts, embed(other[last_image + 1 :]))
+    if sizes:
+        pictures = _tiled(model, first[0], seen[0], **sizes)
+    else:
+        pictures = [Picture(scores, torch.zeros_like(scores).long()) for scores in seen[0]]
+    return Asked(embeddings, is_image, pictures, embed(other[last_image + 1 :]))
 
 
-def _pictures(scores: torch.Tensor) -> Parts:
-    """Of pictures that are whole; scores [num_pictures, tokens_per_picture]."""
-    num, size = scores.shape
-    place = torch.arange(num).repeat_interleave(size)
-    return Parts(scores.flatten(), place, torch.full((num,), 1 / num))
+@contextmanager
+def _class_attention(model: Any) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """What the class token attends to while the vision tower runs.
+
+    Yields:
+        Of its first layer and of the one whose features are seen, mean over heads: each
+        [[num_views, tokens_per_view]].
+    """
+    layers = model.model.vision_tower.encoder.layers
+    index = model.config.vision_feature_layer
+    # Features are counted from the embeddings on, which are no layer.
+    chosen = layers[index - 1 if index > 0 else index]
+    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+
+    def noting(notes: list[torch.Tensor]) -> Any:
+        def note(module: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            notes.append(output[1][:, :, 0, 1:].mean(1))
+
+        return note
+
+    handles = [
+        layer.self_attn.register_forward_hook(noting(notes))
+        for layer, notes in zip((layers[0], chosen), found, strict=True)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _tiles(model: Any, first: torch.Tensor, last: torch.Tensor, image_sizes: torch.Tensor) -> Parts:
-    """Of pictures that are cut into tiles.
-
-    A tile's share of what the overview leaves is that of the overview's first layer's scores which
-    lie in it.
+def _tiled(
+    model: Any, first: torch.Tensor, seen: torch.Tensor, image_sizes: torch.Tensor
+) -> list[Picture]:
+    """Pictures that are cut into tiles.
 
     Args:
         model: A LLaVA-NeXT.
-        first: Scores of the vision tower's first layer, [num_parts, tokens_per_tile].
-        last: Scores of the layer whose features are seen, as `first`.
+        first: What the class token attends to in the vision tower's first layer,
+            [num_views, tokens_per_view].
+        seen: In the layer whose features are seen, as `first`.
         image_sizes: Height and width of each picture, [num_pictures, 2].
     """
     config = model.config
     side = config.vision_config.image_size
-    num_rows = side // config.vision_config.patch_size
-    lines = torch.arange(num_rows)
-    shares, grouped, start = [], [], 0
+    num_lines = side // config.vision_config.patch_size
+    lines = torch.arange(num_lines)
+    content, views, start = [], [], 0
     for size in image_sizes:
         tiling = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
-        rows, columns = (lines * num // num_rows for num in tiling)
+        # Which tile shows what a token of the overview shows.
+        rows, columns = (lines * num // num_lines for num in tiling)
         tile = (rows[:, None] * tiling[1] + columns).flatten()
-        mass = torch.zeros(tiling[0] * tiling[1]).index_add(0, tile, first[start])
-        end = start + 1 + len(mass)
-        share = torch.cat([torch.ones(1), mass / mass.sum()])
-        share[0] *= OVERVIEW_SHARE
-        share[1:] *= 1 - OVERVIEW_SHARE
-        place = torch.arange(start, end)[:, None].expand(-1, num_rows**2)
-        grouped.append(torch.stack([last[start:end], place], dim=-1))
-        shares.append(share)
-        start = end
+        content.append(torch.zeros(tiling[0] * tiling[1]).index_add(0, tile, first[start]))
+        num_views = 1 + len(content[-1])
+        numbers = torch.arange(num_views)[:, None].expand(-1, num_lines**2)
+        views.append(torch.stack([seen[start : start + num_views], numbers], dim=-1))
+        start += num_views
     # As the model packs the features themselves: lines over all tiles, without padding, ended.
-    packed, lengths = model.model.pack_image_features(
-        grouped,
+    packed, _ = model.model.pack_image_features(
+        views,
         image_sizes,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_newline=torch.full((2,), IN_NO_PART),
+        image_newline=torch.full((2,), LINE_END),
     )
-    scores, place = torch.cat(packed).T
-    weights = lengths / lengths.sum()
-    return Parts(
-        scores, place.long(), torch.cat([w * s for w, s in zip(weights, shares, strict=True)])
-    )
+    return [
+        Picture(scores, numbers.long(), content)
+        for (scores, numbers), content in zip((p.T for p in packed), content, strict=True)
+    ]

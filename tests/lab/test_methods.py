@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import answers
 import claims
@@ -20,10 +21,12 @@ from method_full import full
 from method_masks import MaskedPrefill, QKSparse, VerticalSlash
 from method_pruning import FastV, HiRED
 from method_zipvl import ZipVL, at_random
-from methods import METHODS
+from methods import METHODS, at_package_defaults
 from questions import normal
 from seeing import see
 from transformers import AutoProcessor
+
+from vllm_zipvl.config import ZipVLConfig
 
 SPEC = LabModel(side=84, layers=4, hidden_size=64, heads=2, vision_layers=1, vision_hidden_size=64)
 EVALUATE = Path(__file__).parents[2] / "scripts" / "lab" / "evaluate.py"
@@ -167,17 +170,19 @@ def test_patterns_keep_what_carries_the_attention() -> None:
 
 def test_hired_keeps_what_the_class_token_attends_to(model, asked) -> None:
     one = asked[0]
-    scores = torch.zeros_like(one.image_scores)
+    picture = one.pictures[0]
+    scores = torch.zeros_like(picture.scores)
     scores[5] = 1
+    pictures = [picture._replace(scores=scores)]
     picked, dropped = one.is_image.nonzero()[5], one.is_image.nonzero()[6]
 
     def last_hidden(changed: torch.Tensor) -> torch.Tensor:
         embeddings = one.embeddings.clone()
         embeddings[changed] += 100
         decoder, found = Decoder(model), []
-        decoder.next_token = lambda hidden: found.append(hidden[-1]) or decoder.end
+        decoder.next_token = lambda hidden: found.append(hidden[-1]) or min(decoder.ends)
         with torch.inference_mode():
-            HiRED(1 / 36)(decoder, one._replace(embeddings=embeddings, image_scores=scores))
+            HiRED(1 / 36)(decoder, one._replace(embeddings=embeddings, pictures=pictures))
         return found[0]
 
     nothing = last_hidden(picked[:0])
@@ -219,7 +224,9 @@ def test_answers_of_another_model_are_not_mixed_in(folder, tmp_path) -> None:
 def test_other_models_and_folders_are_refused(checkpoint, tmp_path) -> None:
     for folder, message in (
         (checkpoint("llama"), "is of type llama; --model takes a vision-language model"),
-        (tmp_path / "none", "has no config of a model"),
+        (tmp_path / "none", "there is no such folder"),
+        (tmp_path, "has no config of a model"),
+        (checkpoint("llava_onevision"), "is of type llava_onevision"),
     ):
         command = [sys.executable, str(EVALUATE), "--model", str(folder), "--methods", "full"]
         command += ["--json", str(tmp_path / "rows.jsonl")]
@@ -236,6 +243,53 @@ def test_an_evaluation_whose_workers_cannot_start_ends(folder, tmp_path) -> None
     with pytest.raises(subprocess.CalledProcessError) as stopped:
         evaluate(broken, tmp_path / "rows.jsonl", "full")
     assert b"header" in stopped.value.stderr.lower()
+
+
+@pytest.mark.parametrize("text", ["notes\nof mine", '{"a": 1}\n', "[1]\n", "{}\n{"])
+def test_a_file_of_other_things_is_left_alone(folder, tmp_path, text) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text(text)
+    with pytest.raises(subprocess.CalledProcessError) as stopped:
+        evaluate(folder, out, "full")
+    assert b"answers" in stopped.value.stderr.splitlines()[-1]
+    assert out.read_text() == text
+
+
+def test_a_report_of_an_interrupted_evaluation_leaves_the_part_of_a_row_out(tmp_path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"model": "m", "family": "objects", "level": "easy", "index": 0, "question": "?"}
+    line = json.dumps({**row, "expected": "red", "expected_tokens": 1, "methods": {}})
+    file.write_text(line + "\n" + line[:40])
+    assert len(answers.read([file])) == 1
+    with pytest.raises(SystemExit, match="No such file"):
+        answers.read([tmp_path / "none.jsonl"])
+
+
+def test_chunks_have_more_than_one_token() -> None:
+    chunks = [chunk.tolist() for chunk in ZipVL(chunk=4)._chunks(2, 11)]
+    assert chunks == [[2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    assert len(ZipVL()._chunks(0, 9)) == 1
+
+
+def test_the_package_defaults_are_the_engines() -> None:
+    methods = {name: at_package_defaults(method) for name, method in METHODS.items()}
+    assert methods["zipvl"].config == ZipVLConfig()
+    assert methods["zipvl-tau0.9"].config == ZipVLConfig(tau=0.9)
+    assert methods["fastv"] == METHODS["fastv"]
+
+
+def test_all_end_tokens_end_an_answer(model, asked) -> None:
+    decoder = Decoder(model)
+    whole = run(model, full, asked[0]).answer
+    assert len(whole) > 1
+    decoder.ends |= {whole[1]}
+    with torch.inference_mode():
+        assert full(decoder, asked[0]).answer == whole[:1]
+    several = SimpleNamespace(
+        model=model.model, lm_head=model.lm_head, config=model.config,
+        generation_config=SimpleNamespace(eos_token_id=[2, 7]),
+    )  # fmt: skip
+    assert Decoder(several).ends == {2, 7}
 
 
 def test_an_unknown_method_is_refused(folder, tmp_path) -> None:
@@ -395,7 +449,7 @@ def test_rows_that_do_not_belong_together_are_refused(tmp_path, changed, message
         "expected": "red", "expected_tokens": 1, "methods": {},
     }  # fmt: skip
     files = [tmp_path / "a", tmp_path / "b"]
-    files[0].write_text(json.dumps(row))
-    files[1].write_text(json.dumps(row | changed))
+    files[0].write_text(json.dumps(row) + "\n")
+    files[1].write_text(json.dumps(row | changed) + "\n")
     with pytest.raises(SystemExit, match=message):
         answers.read(files)
