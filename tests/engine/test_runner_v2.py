@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engines import generate, words
+from engines import draw_image, generate, prompt, words
 from zipvl_engine import LOSSY, zipvl_engine
 
 TESTS = Path(__file__).parents[1]
@@ -18,15 +18,17 @@ SETTINGS = {
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 64,
 }
-REQUESTS = [words(41 * i, num) for i, num in enumerate((150, 40))]
+WORDS = words(0, 150)
+QUESTION = "what is it"
 MAX_TOKENS = 40
 
 PROGRAM = """
 import json, sys
-from engines import generate
+from engines import draw_image, generate, prompt
 from zipvl_engine import assert_counted_whole, zipvl_engine
 
-model, zipvl, settings, requests, max_tokens = json.loads(sys.argv[1])
+model, zipvl, settings, words, question, max_tokens = json.loads(sys.argv[1])
+requests = [words, prompt(question, draw_image())]
 with zipvl_engine(model, zipvl, **settings) as llm:
     assert llm.llm_engine.vllm_config.use_v2_model_runner
     tokens = generate(llm, requests, max_tokens)
@@ -39,11 +41,11 @@ print("tokens", json.dumps(tokens))
 
 
 def test_same_tokens_as_runner_v1_and_the_cpu_kernels(checkpoint):
-    model = checkpoint("llama", dtype="float32")
+    model = checkpoint("llava", dtype="float32", image_size=112)
     with zipvl_engine(model, ZIPVL, **SETTINGS) as llm:
         assert not llm.llm_engine.vllm_config.use_v2_model_runner
-        expected = generate(llm, REQUESTS, MAX_TOKENS)
-    arguments = json.dumps([str(model), ZIPVL, SETTINGS, REQUESTS, MAX_TOKENS])
+        expected = generate(llm, [WORDS, prompt(QUESTION, draw_image())], MAX_TOKENS)
+    arguments = json.dumps([str(model), ZIPVL, SETTINGS, WORDS, QUESTION, MAX_TOKENS])
     paths = [TESTS / "interpreted_triton", TESTS / "engine"]
     environment = {
         **os.environ,

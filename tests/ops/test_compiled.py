@@ -105,17 +105,20 @@ def test_probe_scores(compiled, tmp_path) -> None:
     check(compiled, 2, tmp_path)
 
 
-def test_prefill_attention(compiled, tmp_path) -> None:
+@pytest.mark.parametrize("head_size", [128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_prefill_attention(compiled, dtype, head_size, tmp_path) -> None:
     from vllm_zipvl.ops.prefill_attention.triton import (
         prefill_attention,
         sparse_prefill_attention,
     )
 
-    query, kv = torch.zeros(256, 28, 128).bfloat16(), torch.zeros(256, 4, 128).bfloat16()
+    query, kv = (torch.zeros(256, heads, head_size, dtype=dtype) for heads in (28, 4))
     prefill_attention(query, kv, kv, 0.1)
     sparse_prefill_attention(query, kv, kv, torch.ones(256, dtype=torch.bool), 0.1)
     check(compiled, 2, tmp_path)
-    assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
+    if dtype is torch.bfloat16:
+        assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
 
 
 def test_dense_blocks(compiled, tmp_path) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kernels import IN_TRITON, INTERPRETED, implementations, kernels, numba_only
+from kernels import IN_TRITON, INTERPRETED, implementations, kernels, numba_only, seed
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, hadamard, rotate
@@ -77,7 +77,7 @@ class Memory:
         write_pages(kv, self.heap, ids, 0, bits, self.geometry, KeyNorm(*norm))
         held = read_pages(self.heap, ids, len(kv), bits, self.dtype, self.geometry).double()
         if bits != 16:
-            turn = hadamard(self.geometry.head_size).double()
+            turn = hadamard(self.geometry.head_size, held.device).double()
             key, value = (part @ turn for part in held.chunk(2, dim=-1))
             held = torch.cat([key * norm[1].double() + norm[0].double(), value], dim=-1)
         return ids, held
@@ -94,7 +94,7 @@ def make_case(
     geometry: PageGeometry, dtype: torch.dtype, shape: tuple[Row, ...], normalised: bool = False
 ) -> Case:
     """Rows of the given shape; slots are permuted, unused table entries lead to NaN."""
-    torch.manual_seed(len(shape))
+    seed(len(shape))
     memory = Memory(geometry, dtype, 200)
     num_rows, heads = len(shape), (geometry.num_kv_heads, geometry.head_size)
     page_table = torch.full((num_rows, 600), memory.unused * geometry.pages_per_block).int()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, IN_TRITON, kernels, name_of
+from kernels import DEVICE, IN_TRITON, kernels, name_of, seed
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import clip, dequantise, pack, quantise, rotate, unpack
@@ -23,8 +23,8 @@ CODECS = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+def seeded() -> None:
+    seed(0)
 
 
 def make_geometry(dtype: torch.dtype = torch.bfloat16, head_size: int = 64) -> PageGeometry:

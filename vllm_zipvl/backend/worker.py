@@ -13,7 +13,8 @@ from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.selection import num_to_keep, top_mask
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
-from vllm_zipvl.ops.page_codec import write_pages
+from vllm_zipvl.ops.page_codec import PageTables, write_tokens
+from vllm_zipvl.ops.probe_scores import probe_scores
 from vllm_zipvl.ops.transfer import to_device
 
 
@@ -87,19 +88,37 @@ class ZipVLWorker:
             (first.shape[0],), -1, dtype=torch.int32, device=first.device
         )
 
-    def warm_up(self) -> None:
-        """Run the operations whose kernels compile on first use, on next to nothing."""
+    def warm_up(self, num_heads: int, max_rows: int) -> None:
+        """Run the operations whose kernels compile on first use, on next to nothing.
+
+        Args:
+            num_heads: Of queries.
+            max_rows: Requests of a step at most.
+        """
         assert self.heap is not None
-        kv_cache = self._kv_caches[0]
-        zero = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
-        token = kv_cache.new_zeros(1, self.geometry.num_kv_heads, self.geometry.head_size)
-        rows = DecodeRows(slots=zero, rows=zero, tail_starts=zero, context_lens=zero)
-        decode_attention(token, self.context(0, zero[None]), rows, 1.0, torch.empty_like(token))
-        store_kv(token, token, kv_cache, zero[:0].long())
+        kv_cache, geometry = self._kv_caches[0], self.geometry
+        zeros = torch.zeros(max_rows, dtype=torch.int32, device=kv_cache.device)
+        zero = zeros[:1]
+        query = kv_cache.new_zeros(max_rows, num_heads, geometry.head_size)
+        # Kernels depend on the number of rows by powers of two.
+        for num_rows in {min(2**i, max_rows) for i in range(max_rows.bit_length() + 1)}:
+            rows = DecodeRows(*[zeros[:num_rows]] * len(DecodeRows._fields))
+            out = torch.empty_like(query[:num_rows])
+            decode_attention(query[:num_rows], self.context(0, zero[None]), rows, 1.0, out)
         kv = gather_kv(kv_cache, zero, 0, 1)
+        key, value = kv.chunk(2, dim=-1)
+        store_kv(key, value, kv_cache, zero[:0].long())
+        probe_scores(query[:1], zero.long(), 0, key, 1.0)
+        # The null block, into a page of nobody's.
         page = torch.zeros_like(self.heap.memory[:1])
-        for bits in filter(None, self.geometry.bits):
-            write_pages(kv, page, zero, 0, bits, self.geometry)
+        pages = self.heap.tables.page_table[:, self.nobody]
+        norms = self.heap.tables.key_norms[:, self.nobody]
+        before = pages.new_zeros(geometry.num_layers, 2)
+        kept = torch.arange(geometry.block_size, device=page.device) < 1
+        kept = kept.repeat(geometry.num_layers, 1)
+        target = PageTables(page, pages, before, norms, geometry)
+        write_tokens(self._kv_caches, zero, kept, target, takes_norms=True)
+        self.heap.reset(self.nobody)
 
     def context(self, layer: int, block_table: torch.Tensor) -> CachedContext:
         """What a layer caches, for decode attention.

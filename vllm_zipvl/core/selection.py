@@ -35,7 +35,10 @@ def num_for_mass(mass: torch.Tensor, tau: float) -> torch.Tensor:
     """
     if tau >= 1:
         return _count(mass.numel(), mass)
-    running = torch.sort(mass, descending=True, stable=True).values.cumsum(0)
+    # A GPU adds up in an order that varies: in float64, ranks that hold the same mass still count
+    # the same.
+    ordered = torch.sort(mass, descending=True, stable=True).values
+    running = ordered.cumsum(0, dtype=torch.float64)
     reached = torch.searchsorted(running, running[-1:] * tau)[0]
     return (reached + 1).clamp(max=mass.numel())
 

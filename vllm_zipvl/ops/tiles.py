@@ -14,6 +14,12 @@ def padded(size: int) -> int:
     return max(MIN_DOT, triton.next_power_of_2(size))
 
 
+def tile_side(head_size: int, itemsize: int) -> int:
+    """Vectors of a tile: so many that registers and shared memory hold those of three operands."""
+    side = 64 if itemsize == 2 else 32
+    return side if head_size <= 128 else side // 2
+
+
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """Float32 `x` as the nearest of `dtype`, ties to even; the interpreter cuts bfloat16 off."""

@@ -13,12 +13,11 @@ import triton.language as tl
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, fold_key_norm, hadamard
-from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded
+from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded, tile_side
 
 if TYPE_CHECKING:
     from vllm_zipvl.ops.decode_attention.api import CachedContext, DecodeRows
 
-TILE_TOKENS = 64
 MAX_SHARES = 32
 PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_SHARES = 3
@@ -360,11 +359,15 @@ def _combine(
 
 
 def _num_shares(num_programs: int, device: torch.device) -> int:
-    """Shares of a row's context, so that all processors have work; fixed by the batch's size."""
+    """Shares of a row's context, so that all processors have work; fixed by the batch's size.
+
+    A power of two: each number is a kernel of its own.
+    """
     if device.type != "cuda":
         return INTERPRETED_SHARES
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(MAX_SHARES, max(1, PROGRAMS_PER_PROCESSOR * processors // num_programs))
+    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // num_programs)
+    return min(MAX_SHARES, 1 << (wanted.bit_length() - 1))
 
 
 def _page_arguments(geometry: PageGeometry) -> dict[str, int]:
@@ -426,7 +429,7 @@ def decode_attention(
         channels_padded=channels_padded,
         block_size=kv_cache.shape[2],
         num_shares=num_shares,
-        tile_tokens=TILE_TOKENS,
+        tile_tokens=tile_side(head_size, kv_cache.element_size()),
         **_page_arguments(geometry),
     )
     _combine[(num_queries * num_heads,)](

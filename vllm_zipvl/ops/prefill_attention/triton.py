@@ -8,10 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded
-
-TILE_QUERIES = 64
-TILE_TOKENS = 64
+from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded, tile_side
 
 
 @triton.jit
@@ -47,8 +44,7 @@ def _attend(
     group: tl.constexpr,
     head_size: tl.constexpr,
     channels_padded: tl.constexpr,
-    tile_queries: tl.constexpr,
-    tile_tokens: tl.constexpr,
+    tile: tl.constexpr,
 ):
     """One program per tile of queries, the last first as they see most, and query head.
 
@@ -58,9 +54,9 @@ def _attend(
     num_queries, num_tokens = all_queries, all_tokens
     if is_sparse:
         num_queries, num_tokens = tl.load(counts), tl.load(counts + 1)
-    tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    queries = tile * tile_queries + tl.arange(0, tile_queries)
-    if tile * tile_queries < num_queries:
+    index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    queries = index * tile + tl.arange(0, tile)
+    if index * tile < num_queries:
         is_query = queries < num_queries
         last = num_tokens - num_queries + queries
         rows = queries
@@ -70,22 +66,22 @@ def _attend(
             query, rows, is_query, head, query_stride, query_head_stride, head_size,
             channels_padded,
         )  # fmt: skip
-        top = tl.full([tile_queries], float("-inf"), tl.float32)
-        total = tl.zeros([tile_queries], tl.float32)
-        sums = tl.zeros([tile_queries, channels_padded], tl.float32)
-        end = tl.minimum(num_tokens, num_tokens - num_queries + (tile + 1) * tile_queries)
-        for start in range(0, end, tile_tokens):
-            index = start + tl.arange(0, tile_tokens)
-            is_token = index < end
-            tokens = index
+        top = tl.full([tile], float("-inf"), tl.float32)
+        total = tl.zeros([tile], tl.float32)
+        sums = tl.zeros([tile, channels_padded], tl.float32)
+        end = tl.minimum(num_tokens, num_tokens - num_queries + (index + 1) * tile)
+        for start in range(0, end, tile):
+            ranks = start + tl.arange(0, tile)
+            is_token = ranks < end
+            tokens = ranks
             if is_sparse:
-                tokens = tl.load(positions + index, mask=is_token, other=0)
+                tokens = tl.load(positions + ranks, mask=is_token, other=0)
             k = _load_heads(
                 key, tokens, is_token, head // group, key_stride, key_head_stride, head_size,
                 channels_padded,
             )  # fmt: skip
             scores = dot(q, tl.trans(k)) * scale
-            is_seen = (index[None, :] <= last[:, None]) & is_token[None, :]
+            is_seen = (ranks[None, :] <= last[:, None]) & is_token[None, :]
             top, past, weights = rescale(top, tl.where(is_seen, scores, float("-inf")))
             v = _load_heads(
                 value, tokens, is_token, head // group, value_stride, value_head_stride,
@@ -115,7 +111,8 @@ def _launch(
     if num_queries == 0:
         return out
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    _attend[(triton.cdiv(num_queries, TILE_QUERIES), num_heads)](
+    tile = tile_side(head_size, query.element_size())
+    _attend[(triton.cdiv(num_queries, tile), num_heads)](
         query,
         key,
         value,
@@ -132,8 +129,7 @@ def _launch(
         group=num_heads // key.shape[1],
         head_size=head_size,
         channels_padded=padded(head_size),
-        tile_queries=TILE_QUERIES,
-        tile_tokens=TILE_TOKENS,
+        tile=tile,
     )
     return out
 

@@ -7,11 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_zipvl.ops.tiles import dot, padded, rescale
+from vllm_zipvl.ops.tiles import dot, padded, rescale, tile_side
 
-TILE_ROWS = 64
-"""Queries of one KV head that a tile holds: probes times the heads that share it."""
-TILE_TOKENS = 64
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SHARES = 64
 INTERPRETED_SHARES = 3
@@ -146,13 +143,13 @@ def _column_sums(
     tl.store(mass + num_kv_heads * num_tokens + place, recent, mask=is_token)
 
 
-def _num_shares(num_programs: int, num_tokens: int, device: torch.device) -> int:
+def _num_shares(num_programs: int, num_tiles: int, device: torch.device) -> int:
     """Into how many the tokens are cut, so that all processors have work."""
     if device.type != "cuda":
         return INTERPRETED_SHARES
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = PROGRAMS_PER_PROCESSOR * processors // num_programs
-    return max(1, min(wanted, MAX_SHARES, num_tokens // TILE_TOKENS))
+    return max(1, min(wanted, MAX_SHARES, num_tiles))
 
 
 def probe_scores(
@@ -167,17 +164,18 @@ def probe_scores(
     num_probes, num_heads, _ = queries.shape
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
     group = num_heads // num_kv_heads
-    num_tiles = triton.cdiv(num_probes * group, TILE_ROWS)
-    num_shares = _num_shares(num_tiles * num_kv_heads, num_tokens, keys.device)
-    tokens_per_share = triton.cdiv(num_tokens, num_shares * TILE_TOKENS) * TILE_TOKENS
+    tile = tile_side(head_size, keys.element_size())
+    num_tiles = triton.cdiv(num_probes * group, tile)
+    num_shares = _num_shares(num_tiles * num_kv_heads, num_tokens // tile, keys.device)
+    tokens_per_share = triton.cdiv(num_tokens, num_shares * tile) * tile
     inputs = (queries.contiguous(), positions, keys, scale)
     sizes = {
         "num_kv_heads": num_kv_heads,
         "group": group,
         "head_size": head_size,
         "channels_padded": padded(head_size),
-        "tile_rows": TILE_ROWS,
-        "tile_tokens": TILE_TOKENS,
+        "tile_rows": tile,
+        "tile_tokens": tile,
     }
     tops = torch.empty(2, num_shares, num_probes, num_heads, device=keys.device)
     _denominators[(num_tiles, num_kv_heads, num_shares)](
@@ -186,7 +184,7 @@ def probe_scores(
     )  # fmt: skip
     log_totals = torch.logsumexp(tops[0] + tops[1].log(), dim=0)
     mass = torch.empty(2, num_kv_heads, num_tokens, device=keys.device)
-    _column_sums[(triton.cdiv(num_tokens, TILE_TOKENS), num_kv_heads)](
+    _column_sums[(triton.cdiv(num_tokens, tile), num_kv_heads)](
         *inputs, log_totals, mass, num_probes, num_random, num_tokens, *keys.stride()[:2], **sizes
     )
     random, recent = mass.sum(1)
