@@ -9,12 +9,14 @@ reference first, and nothing is printed for one that fails.
 
 import argparse
 import json
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 
 import torch
+from aligned_table import aligned
 from attention_cases import DTYPE
-from attention_rows import heading, line
+from attention_rows import HEADING, cells, line
 
 OPS = ("prefill", "decode", "compress")
 MODULES = {"cpu": "attention_cpu", "cuda": "attention_gpu"}
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="of the GPU's code, on the CPU: no figures"
     )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown too")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     module = import_module(MODULES[arguments.device])
@@ -39,19 +42,22 @@ def main() -> None:
     else:
         rows_of = module.measure(arguments.ops, arguments.repeats)
     about = {
+        "date": date.today().isoformat(),
         "device": arguments.device,
         "torch": torch.__version__,
         "dtype": str(DTYPE),
         **module.about(),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
-    print(heading())
+    print(line(HEADING))
     rows = []
     for found in rows_of:
-        print(line(found), flush=True)
+        print(line(cells(found)), flush=True)
         rows.append(found)
         # What is measured stays, if the rest is interrupted.
         arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    if arguments.markdown:
+        print("\n" + aligned([HEADING, *map(cells, rows)], markdown=True))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,13 @@ def _probes(num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.
     return to_device(positions, device), to_device(visible, device), len(probes.random)
 
 
+def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What the backend asks of one layer of a prompt in one chunk, float32 [num_tokens]."""
+    positions, _, num_random = _probes(query.shape[0], query.device)
+    mass = probe_scores(query[positions], positions, num_random, key, layer.scale)
+    return mass.random + mass.recent
+
+
 def sparse_prefill(
     layer: Layer,
     query: torch.Tensor,
@@ -87,9 +94,8 @@ def sparse_prefill(
     config = ZipVLConfig(ratio=ratio)
     store_kv(key, value, kv_cache, slots)
     positions, visible, num_random = _probes(query.shape[0], query.device)
-    mass = probe_scores(query[positions], positions, num_random, key, layer.scale)
     num_recent = len(positions) - num_random
-    selection = select(mass.random + mass.recent, visible, num_recent, config)
+    selection = select(probe_mass(layer, query, key), visible, num_recent, config)
     return sparse_prefill_attention(query, key, value, selection.kept, layer.scale)
 
 

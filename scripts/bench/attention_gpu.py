@@ -17,6 +17,7 @@ from attention_cases import (
     check_decode,
     check_prefill,
     decode_case,
+    probe_mass,
     randn,
     sparse_prefill,
 )
@@ -98,9 +99,11 @@ def prefill_row(name: str, layer: Layer, num_tokens: int, is_dry: bool) -> dict[
 
     kept = float(sparse().any(dim=-1).any(dim=-1).float().mean())
     seconds = milliseconds(sparse, is_dry) * MILLISECOND
+    probes = milliseconds(lambda: probe_mass(layer, query, key), is_dry)
     shape = {"model": name, "tokens": num_tokens, "heads": layer.heads}
     return row(
         "prefill", shape, "sparse", seconds, dense.name, baseline * MILLISECOND, kept=kept,
+        share_of_probes=probes / baseline,
         kernel=find_kernel("auto", query.device.type, DTYPE, layer.head_size),
     )  # fmt: skip
 
@@ -151,7 +154,7 @@ def decode_rows(
     copy_rate: float,
     refusals: dict[str, str | None],
 ) -> Iterator[dict[str, Any]]:
-    """First over vLLM's quantised caches, then over ours."""
+    """First over dense attention and vLLM's quantised caches, then over ours."""
     shape = {"model": name, "rows": num_rows, "tokens": num_tokens, "heads": layer.heads}
     dense_bytes = 2 * num_rows * num_tokens * layer.num_kv_heads * layer.head_size * DTYPE.itemsize
     if dense_bytes > DECODE_BYTES:
@@ -161,6 +164,11 @@ def decode_rows(
     query = randn(num_rows, layer.num_heads, layer.head_size)
     dense = DenseAttention(layer)
     baseline = replayed_milliseconds(dense.decode(query, num_tokens), is_dry) * MILLISECOND
+    rate = dense_bytes / baseline
+    yield row(
+        "decode", shape, dense.name, baseline, dense.name, baseline, bytes_per_second=rate,
+        share_of_copy=rate / copy_rate,
+    )  # fmt: skip
     quantised = {}
     for other in BASELINES:
         if reason := refusals[other.name]:

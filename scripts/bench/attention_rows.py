@@ -8,10 +8,13 @@ COLUMNS = (
     ("ours ms", "seconds", "{:.3f}"),
     ("ratio", "ratio", "{:.2f}x"),
     ("KV bytes", "kv_bytes_ratio", "{:.2f}x"),
+    ("probes", "share_of_probes", "{:.1%}"),
     ("of prefill", "share_of_dense_prefill_attention", "{:.1%}"),
     ("of copy", "share_of_copy", "{:.0%}"),
 )
-METHOD_WIDTH = 21
+FIRST = (("op", 9), ("rows", 5), ("tokens", 8), ("heads", 12), ("method", 21))
+"""Columns that every row has, and their widths; the others are `WIDTH` wide."""
+WIDTH = 11
 
 
 def row(
@@ -39,22 +42,26 @@ def absent(op: str, shape: dict[str, Any], method: str, reason: str) -> dict[str
     return {"op": op, "shape": shape, "method": method, "absent": reason}
 
 
-def heading() -> str:
-    titles = "".join(f"{title:>11}" for title, _, _ in COLUMNS)
-    return f"{'op':<9}{'rows':>5}{'tokens':>8}{'heads':>12}{'method':>{METHOD_WIDTH}}{titles}"
+HEADING = [title for title, _ in FIRST] + [title for title, _, _ in COLUMNS] + [""]
 
 
-def line(found: dict[str, Any]) -> str:
-    """A row of the table; what does not apply is left blank."""
+def cells(found: dict[str, Any]) -> list[str]:
+    """A row of the table below `HEADING`; what does not apply is left blank."""
     shape = found["shape"]
     heads = "/".join(map(str, shape["heads"]))
-    text = f"{found['op']:<9}{shape.get('rows', 1):>5}{shape['tokens']:>8}{heads:>12}"
-    text += f"{found['method']:>{METHOD_WIDTH}}"
-    if "absent" in found:
-        return f"{text}  absent: {found['absent']}"
+    first = [found["op"], shape.get("rows", 1), shape["tokens"], heads, found["method"]]
+    texts = [str(cell) for cell in first]
     for _, key, form in COLUMNS:
         factor = 1000 if key.endswith("seconds") else 1
-        text += f"{form.format(found[key] * factor) if key in found else '':>11}"
-    if faster := found.get("speed_up_over"):
-        text += "  over " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in faster.items())
-    return text
+        texts.append(form.format(found[key] * factor) if key in found else "")
+    notes = [f"over {name} {ratio:.2f}x" for name, ratio in found.get("speed_up_over", {}).items()]
+    if "absent" in found:
+        notes = [f"absent: {found['absent']}"]
+    return [*texts, ", ".join(notes)]
+
+
+def line(texts: list[str]) -> str:
+    """Cells in columns, so that a table can be printed while it grows."""
+    widths = [width for _, width in FIRST] + [WIDTH] * len(COLUMNS)
+    padded = [text.rjust(width) for text, width in zip(texts, widths, strict=False)]
+    return "".join([*padded, "  ", texts[-1]]).rstrip()

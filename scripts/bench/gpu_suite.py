@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one call: checks first, then timings.
+"""Everything that needs a GPU: a few checks first, then timings, then all checks.
 
     python scripts/bench/gpu_suite.py --out DIR [--vllm DIR] [--only PART ...]
     python scripts/bench/gpu_suite.py --out DIR --dry-run   # the same on a CPU, interpreted
@@ -6,9 +6,10 @@
 DIR/suite.zip gets a log per part, the benchmarks' JSON, and suite.json: what ran, how it ended, how
 long it took. It is written anew after each part, and all end in `--seconds`; what is left runs in a
 further call with `--only`. A part that fails does not stop those after it, except that nothing is
-timed if the kernels' tests fail. Parts with the real engine are left out where there is no vLLM;
-neither it nor this package need be installed: `--vllm` names a folder that CUDA wheels of vLLM and
-of what it imports were extracted into.
+timed if the first checks fail. The tests draw other inputs in every call, from a seed that is
+printed. Parts with the real engine are left out where there is no vLLM; neither it nor this package
+need be installed: `--vllm` names a folder that CUDA wheels of vLLM and of what it imports were
+extracted into.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import configparser
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -27,10 +29,14 @@ from typing import NamedTuple
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parents[1]
-SANITISED = "test_any_precision_has_a_codec or test_normalised_keys or test_gather_gives"
+CHECKED = "test_any_precision_has_a_codec or test_tokens_of_all_layers or test_normalised_keys"
+"""What the kernels that serve give; the other tests take minutes to compile theirs."""
+SANITISED = f"{CHECKED} or test_gather_gives"
 """Tests that write pages and blocks and read them back; the sanitizer is slow."""
 DRY = "test_any_precision_has_a_codec"
+GATE = "checks"
 DENSE_IDENTITY = "tests/engine/test_dense_identity.py"
+CUDA_GRAPHS = "tests/engine/test_cuda_graphs.py"
 FAMILIES = "llama or llava_next"
 
 
@@ -42,12 +48,14 @@ class Part(NamedTuple):
         is_timing: Whether it measures what the tests check.
         needs_vllm: Whether it starts the engine.
         seconds: It ends after so many, except in a dry run.
+        environment: Beside what all parts have.
     """
 
     command: list[str]
     is_timing: bool = False
     needs_vllm: bool = False
     seconds: int = 420
+    environment: dict[str, str] = {}
 
 
 def parts(out: Path, is_dry: bool, engine: str) -> dict[str, Part]:
@@ -56,17 +64,15 @@ def parts(out: Path, is_dry: bool, engine: str) -> dict[str, Part]:
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     tests = [*pytest, "tests/ops"]
     found = {} if is_dry else {"gpu": Part(["nvidia-smi"])}
-    found["tests"] = Part([*tests, "-k", DRY] if is_dry else tests)
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer and not is_dry:
-        found["sanitizer"] = Part([sanitizer, "--error-exitcode", "9", *tests, "-k", SANITISED])
+    found[GATE] = Part([*tests, "-k", DRY if is_dry else CHECKED])
 
     def benchmark(program: str, name: str, *options: str) -> list[str]:
         command = [python, str(BENCH / program), "--device", "cuda", *options]
         return [*command, "--json", str(out / f"{name}.json"), *(["--dry-run"] * is_dry)]
 
     families = "llama" if is_dry else FAMILIES
-    found["engine_tests"] = Part([*pytest, DENSE_IDENTITY, "-k", families], needs_vllm=True)
+    engine_tests = [*pytest, DENSE_IDENTITY, CUDA_GRAPHS, "-k", f"{families} or graph"]
+    found["engine_tests"] = Part(engine_tests, needs_vllm=True)
     found["attention"] = Part(benchmark("attention.py", "attention"), is_timing=True)
     for model in ("LongVA-7B", "LLaVA-NeXT-7B"):
         name = f"whole_model_{model}"
@@ -76,6 +82,13 @@ def parts(out: Path, is_dry: bool, engine: str) -> dict[str, Part]:
         options = ("--only", name, "--engine", engine)
         command = benchmark("serving.py", f"engine_{name}", *options)
         found[f"engine_{name}"] = Part(command, is_timing=True, needs_vllm=True, seconds=560)
+    if not is_dry:
+        found["tests"] = Part(tests, seconds=560)
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer and not is_dry:
+        # Tensors out of one large allocation would hide what runs over their ends.
+        command = [sanitizer, "--error-exitcode", "9", *tests, "-k", SANITISED]
+        found["sanitizer"] = Part(command, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return found
 
 
@@ -119,7 +132,7 @@ def run(
     elif not part.needs_vllm:
         environment = environment | {"TRITON_INTERPRET": "1"}
     # Stock attends to float32 by Triton's default precision, which must be that of the plugin.
-    environment = environment | {"TRITON_F32_DEFAULT": "ieee"}
+    environment = environment | {"TRITON_F32_DEFAULT": "ieee"} | part.environment
     log, started = out / f"{name}.log", time.monotonic()
     with (
         log.open("w") as file,
@@ -175,16 +188,19 @@ def main() -> None:
         out = Path(folder)
         write_metadata(Path(metadata))
         variables = environment(Path(metadata), arguments.vllm)
+        seed = variables.setdefault("ZIPVL_TEST_SEED", str(random.randrange(1000)))
+        print(f"== ZIPVL_TEST_SEED={seed}")
         for name, part in chosen(arguments, out).items():
-            if part.is_timing and found.get("tests", {}).get("status", 0) != 0:
-                print(f"== {name}: not timed, since the tests failed")
+            if part.is_timing and found.get(GATE, {}).get("status", 0) != 0:
+                print(f"== {name}: not timed, since the checks failed")
                 continue
             left = end - time.monotonic()
             if left <= 0 and not arguments.dry_run:
                 print(f"== {name}: no time left; run it with --only {name}")
                 continue
             found[name] = run(name, part, out, variables, arguments.dry_run, left)
-            (out / "suite.json").write_text(json.dumps(found, indent=1) + "\n")
+            results = {"seed": seed, "parts": found}
+            (out / "suite.json").write_text(json.dumps(results, indent=1) + "\n")
             shutil.make_archive(str(arguments.out / "suite"), "zip", out)
     print({name: part["status"] for name, part in found.items()})
     failed = [name for name, part in found.items() if part["status"] != 0]

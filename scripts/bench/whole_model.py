@@ -43,7 +43,7 @@ DRY_MODELS = {
     "LongVA-7B": ModelShape(Layer(2, 1, 32, 16), 2, 64, 96, 128, 10000.0),
     "LLaVA-NeXT-7B": ModelShape(Layer(1, 1, 32, 16), 2, 64, 96, 128, 10000.0),
 }
-PREFILL_TOKENS, DECODE_TOKENS = (32768, 131072), 16384
+PREFILL_TOKENS, DECODE_TOKENS = (16384, 32768, 131072), 16384
 CONFIG = ZipVLConfig(ratio=0.42, max_kept=0.286)
 """`max_kept` bounds what the cache keeps at 4 bits; attention runs on the whole ratio."""
 DRY_SIZES = Sizes(prefill_tokens=(64,), decode_tokens=64, budget_bytes=None, repeats=0)
@@ -57,6 +57,7 @@ COLUMNS = (
     ("kept", "kept", "{:.3f}"),
     ("at kept^2", "roofline_ratio", "{:.2f}x"),
     ("compress s", "compress_seconds", "{:.3f}"),
+    ("of prefill", "compress_share", "{:.1%}"),
     ("tokens/s", "tokens_per_second", "{:.0f}"),
     ("step ms", "step_seconds", "{:.2f}"),
     ("between", "between_share", "{:.1%}"),

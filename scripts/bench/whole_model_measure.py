@@ -136,6 +136,7 @@ def _zipvl_prefill(
         "kept": prompt.kept,
         # After the first token, before the second or third.
         "compress_seconds": compression,
+        "compress_share": compression / prefilled.seconds,
         # If attention took the square of the kept share of what it takes dense.
         "roofline_ratio": dense.seconds / ideal,
     }

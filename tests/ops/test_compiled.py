@@ -143,6 +143,19 @@ def test_page_codec(compiled, bits, tmp_path) -> None:
     check(compiled, 1, tmp_path)
 
 
+def test_page_codec_of_all_layers(compiled, tmp_path) -> None:
+    from vllm_zipvl.ops.page_codec.api import PageTables
+    from vllm_zipvl.ops.page_codec.triton import write_tokens
+
+    geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
+    heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
+    caches = list(torch.zeros(2, 8, 4, 16, 256).bfloat16())
+    pages, before = torch.zeros(2, 32).int(), torch.zeros(2, 2).int()
+    tables = PageTables(heap, pages, before, torch.zeros(2, 2, 4, 128), geometry)
+    write_tokens(caches, torch.arange(4), torch.zeros(2, 64, dtype=torch.bool), tables)
+    check(compiled, 2, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("bits", "heads"), [((4, 2), (28, 4)), ((8, 4), (28, 4)), ((16, 0), (32, 32))], ids=str
 )

@@ -7,8 +7,22 @@ from hypothesis import strategies as st
 from kernels import DEVICE, IN_TRITON, kernels, name_of, seed
 
 from vllm_zipvl.core.geometry import PageGeometry
-from vllm_zipvl.core.quantization import clip, dequantise, pack, quantise, rotate, unpack
-from vllm_zipvl.ops.page_codec import read_pages, reference, write_pages
+from vllm_zipvl.core.quantization import (
+    KeyNorm,
+    clip,
+    dequantise,
+    pack,
+    quantise,
+    rotate,
+    unpack,
+)
+from vllm_zipvl.ops.page_codec import (
+    PageTables,
+    read_pages,
+    reference,
+    write_pages,
+    write_tokens,
+)
 
 own = kernels("page_codec")
 ALL_BITS = (16, 8, 4, 2)
@@ -133,6 +147,44 @@ def test_any_precision_has_a_codec(bits: int) -> None:
     write_pages(kv, heap, page_ids, 0, bits, geometry)
     reference.write_pages(kv, expected, page_ids, 0, bits, geometry, None)
     assert_same(heap, expected, 255)
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (8, 4), (16, 2), (4, 0), (16, 16)], ids=str)
+def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, int]) -> None:
+    """Twice, so that the second lot begins in partly full pages."""
+    num_layers, num_blocks, block_size = 3, 9, 16
+    geometry = PageGeometry(num_layers, 3, 64, 2, block_size, *bits)
+    kv = torch.randn(num_blocks, num_layers, 3, block_size, 128).bfloat16()
+    caches = list(kv.unbind(1))
+    heap, expected = make_heap(geometry, 500), make_heap(geometry, 500)
+    pages = torch.randperm(450, dtype=torch.int32).view(num_layers, 150)
+    before = torch.zeros(num_layers, 2, dtype=torch.int32)
+    norms = torch.full((num_layers, 2, 3, 64), torch.nan)
+    for first, block_ids in ((True, [7, 2, 5]), (False, [8, 0])):
+        blocks = torch.tensor(block_ids)
+        kept = torch.rand(num_layers, len(block_ids) * block_size) < 0.4
+        tables = PageTables(heap, pages, before, norms, geometry)
+        write_tokens(caches, blocks, kept, tables, takes_norms=first)
+        for layer, mask in enumerate(kept):
+            tokens = caches[layer][blocks].transpose(1, 2).flatten(0, 1)
+            if first:
+                keys = tokens[..., :64].float()
+                mean, scale = keys.mean(0), keys.std(0, correction=0)
+                assert torch.allclose(norms[layer], torch.stack([mean, scale]), atol=2e-3)
+            norm = KeyNorm(*norms[layer])
+            for precision, part in enumerate((tokens[mask], tokens[~mask])):
+                if geometry.bits[precision] == 0:
+                    continue
+                capacity = geometry.layout(geometry.bits[precision]).capacity
+                start = int(before[layer, precision])
+                row = pages[layer] if precision == 0 else pages[layer].flip(0)
+                reference.write_pages(
+                    part, expected, row[start // capacity :][: len(part)], start % capacity,
+                    geometry.bits[precision], geometry, norm,
+                )  # fmt: skip
+        before += torch.stack([kept.sum(1), (~kept).sum(1)], dim=1).int()
+    assert_same(heap, expected, 255)
+    assert not torch.equal(heap, make_heap(geometry, 500))
 
 
 @pytest.mark.parametrize("codec", [own, reference], ids=name_of)
