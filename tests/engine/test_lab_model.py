@@ -1,4 +1,4 @@
-"""The trained model that comes with the project: its size, and engine against oracle on it."""
+"""The trained models that come with the project: their size, and engine against oracle on them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.hf import ZipVLCache
 
 LAB = Path(__file__).parents[2] / "scripts" / "lab"
-MODEL = LAB / "model"
+MODEL, TILED = LAB / "model", LAB / "model_tiled"
+FAMILIES = ("objects", "charts", "words", "relations", "perception", "frames")
 NUM_NEW = 12
-LARGEST_FILE, LARGEST_MODEL = 16 * 2**20, 24 * 2**20
+LARGEST_FILE, LARGEST_BOTH = 16 * 2**20, 24 * 2**20
 
 
-def test_it_is_small() -> None:
-    sizes = [file.stat().st_size for file in MODEL.iterdir()]
+def test_they_are_small() -> None:
+    sizes = [file.stat().st_size for folder in (MODEL, TILED) for file in folder.iterdir()]
     assert max(sizes) <= LARGEST_FILE
-    assert sum(sizes) <= LARGEST_MODEL
+    assert sum(sizes) <= LARGEST_BOTH
 
 
 @pytest.fixture
@@ -33,14 +34,19 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
     return checkpoint, questions, BLOCK_SIZE, LAB_SETTINGS
 
 
-def test_engine_and_oracle_keep_and_answer_the_same(lab) -> None:
+@pytest.mark.parametrize(
+    ("folder", "families"),
+    [(MODEL, FAMILIES), (TILED, ("words", "relations"))],
+    ids=["whole pictures", "tiles"],
+)
+def test_engine_and_oracle_keep_and_answer_the_same(lab, folder, families) -> None:
     checkpoint, questions, block_size, settings = lab
-    processor = transformers.AutoProcessor.from_pretrained(MODEL)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        MODEL, attn_implementation="zipvl", dtype=torch.float32
+        folder, attn_implementation="zipvl", dtype=torch.float32
     )
     side = checkpoint.picture_side(model.config)
-    examples = [questions.draw(key, side) for key in questions.test_set(1)]
+    examples = [questions.draw(key, side) for key in questions.test_set(1, families)]
     texts = [questions.prompt(processor, one, one.question) for one in examples]
 
     expected, expected_masks = [], []
@@ -60,11 +66,11 @@ def test_engine_and_oracle_keep_and_answer_the_same(lab) -> None:
         for one, text in zip(examples, texts, strict=True)
     ]
     common = {"dtype": "float32", "block_size": block_size, "max_num_seqs": 1}
-    with zipvl_engine(MODEL, settings, **common) as llm, noting_masks() as masks:
+    with zipvl_engine(folder, settings, **common) as llm, noting_masks() as masks:
         greedy = SamplingParams(temperature=0, max_tokens=NUM_NEW)
         outputs = llm.generate(requests, greedy, use_tqdm=False)
     assert_same_masks(masks, expected_masks)
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
     answers = [questions.normal(output.outputs[0].text) for output in outputs]
     right = [questions.normal(one.answer) for one in examples]
-    assert sum(a == b for a, b in zip(answers, right, strict=True)) >= 9, answers
+    assert sum(a == b for a, b in zip(answers, right, strict=True)) >= len(right) - 3, answers
