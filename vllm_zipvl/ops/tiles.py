@@ -6,7 +6,7 @@ import triton.language as tl
 MIN_DOT = 16
 """Smallest side of a tile that `tl.dot` takes."""
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def padded(size: int) -> int:
@@ -23,7 +23,7 @@ def tile_side(head_size: int, itemsize: int) -> int:
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """Float32 `x` as the nearest of `dtype`, ties to even; the interpreter cuts bfloat16 off."""
-    if _INTERPRETED and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -33,7 +33,7 @@ def rounded(x, dtype: tl.constexpr):
 @triton.jit
 def dot(a, b):
     """Exact products, float32 sums; the interpreter would multiply the bits of bfloat16."""
-    if _INTERPRETED:
+    if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 

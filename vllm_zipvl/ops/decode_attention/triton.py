@@ -1,8 +1,9 @@
 """Decode attention in Triton: split-K flash decoding over kept pages, the rest's pages and tail.
 
-A program attends with all query heads of one KV head over one share of a row's context, so that
-every page is read once per KV head; a second kernel puts the shares together. Codes are expanded
-in registers. Queries are folded and outputs rotated back as in `reference`.
+A row's context has parts: kept tokens' pages, the dense tail, the rest's pages. A program attends
+with all query heads of one KV head over one share of one part, so that every page is read once per
+KV head; a second kernel puts the shares together. Codes are expanded in registers. Queries are
+folded and outputs rotated back as in `reference`.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, fold_key_norm, hadamard
-from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded, tile_side
+from vllm_zipvl.ops.tiles import INTERPRETED, dot, padded, rescale, rounded, tile_side
 
 if TYPE_CHECKING:
     from vllm_zipvl.ops.decode_attention.api import CachedContext, DecodeRows
@@ -24,12 +25,34 @@ INTERPRETED_SHARES = 3
 
 
 @triton.jit
+def _numbers(packed, bits: tl.constexpr, dtype: tl.constexpr):
+    """Codes [tokens, bytes] of `bits` as numbers from the middle of their range.
+
+    Returns [tokens, codes]: those of one byte beside each other, the lowest bits first.
+    """
+    packed = packed.to(tl.uint16)
+    if bits == 8:
+        codes = packed
+    elif bits == 4:
+        codes = tl.join(packed & 15, packed >> 4)
+    else:
+        even, odd = tl.join(packed & 3, (packed >> 4) & 3), tl.join((packed >> 2) & 3, packed >> 6)
+        codes = tl.join(even, odd)
+    codes = tl.reshape(codes, [packed.shape[0], packed.shape[1] * (8 // bits)])
+    middle: tl.constexpr = 2 ** (bits - 1)
+    # The interpreter does not add in bfloat16.
+    if bits == 8 or dtype == tl.float32 or (INTERPRETED and dtype == tl.bfloat16):
+        return (codes.to(tl.float32) - middle).to(dtype)
+    # In place of the lowest bits of a power of two, a code adds itself: no conversion.
+    power: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+    pattern: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+    shifted = (codes | pattern).to(dtype, bitcast=True)
+    return shifted - tl.full([], power + middle, dtype)
+
+
+@triton.jit
 def _attend_codes(
-    top,
-    total,
-    plain,
-    rotated,
-    q,
+    folded,
     offset,
     heap,
     parameters,
@@ -38,24 +61,38 @@ def _attend_codes(
     first,
     last,
     head,
+    heads,
+    is_member,
+    partial,
+    share,
     page_bytes: tl.constexpr,
     head_page_bytes: tl.constexpr,
     capacity: tl.constexpr,
     code_bytes: tl.constexpr,
+    bytes_padded: tl.constexpr,
     bits: tl.constexpr,
     head_size: tl.constexpr,
     tile_tokens: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    """Attend over tokens [first, last) of quantised pages; q is folded and scaled.
+    """Attend over tokens [first, last) of quantised pages; returns the maximum and the total.
 
     Codes count from the middle of their range: a query rounded to its dtype errs in proportion to
     what it is multiplied by.
     """
-    channels = tl.arange(0, plain.shape[1])
-    is_channel = channels < head_size
-    byte, shift = channels % code_bytes, channels // code_bytes * bits
-    param_offset: tl.constexpr = 2 * capacity * code_bytes
+    in_byte: tl.constexpr = 8 // bits
+    order = tl.arange(0, bytes_padded * in_byte)
+    byte, bytes = order // in_byte, tl.arange(0, bytes_padded)
+    # A byte holds channels that lie `code_bytes` apart.
+    channels = order % in_byte * code_bytes + byte
+    mask = is_member[:, None] & (byte < code_bytes)[None, :]
+    q = tl.load(folded + heads[:, None] * head_size + channels[None, :], mask=mask, other=0)
+    q = rounded(q, dtype)
     q_sum = tl.sum(q.to(tl.float32), axis=1)
+    top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([heads.shape[0]], tl.float32)
+    sums = tl.zeros([heads.shape[0], bytes_padded * in_byte], tl.float32)
+    param_offset: tl.constexpr = 2 * capacity * code_bytes
     middle: tl.constexpr = 2 ** (bits - 1)
     for start in range(first, last, tile_tokens):
         tokens = start + tl.arange(0, tile_tokens)
@@ -63,50 +100,42 @@ def _attend_codes(
         slot = tokens % capacity
         page = tl.load(table + tokens // capacity * table_step, mask=is_token, other=0)
         base = page.to(tl.int64) * page_bytes + head * head_page_bytes
-        code = base[:, None] + (slot * code_bytes)[:, None] + byte[None, :]
-        is_code = is_token[:, None] & is_channel[None, :]
-        param = (base + param_offset) // 2 + slot
-        key_scale = tl.load(parameters + param, mask=is_token, other=0).to(tl.float32)
-        key_zero = tl.load(parameters + param + capacity, mask=is_token, other=0).to(tl.float32)
-        value_scale = tl.load(parameters + param + 2 * capacity, mask=is_token, other=0).to(
-            tl.float32
-        )
-        value_zero = tl.load(parameters + param + 3 * capacity, mask=is_token, other=0).to(
-            tl.float32
-        )
-        packed = tl.load(heap + code, mask=is_code, other=0)
-        codes = (packed >> shift[None, :]) & (2**bits - 1)
-        keys = (codes.to(tl.float32) - middle).to(q.dtype)
+        code = base[:, None] + (slot * code_bytes)[:, None] + bytes[None, :]
+        is_code = is_token[:, None] & (bytes < code_bytes)[None, :]
+        param = parameters + (base + param_offset) // 2 + slot
+        key_scale = tl.load(param, mask=is_token, other=0).to(tl.float32)
+        key_zero = tl.load(param + capacity, mask=is_token, other=0).to(tl.float32)
+        value_scale = tl.load(param + 2 * capacity, mask=is_token, other=0).to(tl.float32)
+        value_zero = tl.load(param + 3 * capacity, mask=is_token, other=0).to(tl.float32)
+        keys = _numbers(tl.load(heap + code, mask=is_code, other=0), bits, dtype)
         scores = dot(q, tl.trans(keys)) * key_scale[None, :]
         scores += q_sum[:, None] * (key_zero + middle * key_scale)[None, :] + offset[:, None]
         scores = tl.where(is_token[None, :], scores, float("-inf"))
         top, past, weights = rescale(top, scores)
         packed = tl.load(heap + code + capacity * code_bytes, mask=is_code, other=0)
-        codes = (packed >> shift[None, :]) & (2**bits - 1)
-        values = (codes.to(tl.float32) - middle).to(q.dtype)
-        scaled = rounded(weights * value_scale[None, :], q.dtype)
-        rotated = rotated * past[:, None] + dot(scaled, values)
+        values = _numbers(packed, bits, dtype)
+        sums = sums * past[:, None] + dot(rounded(weights * value_scale[None, :], dtype), values)
         value_middle = value_zero + middle * value_scale
-        rotated += tl.sum(weights * value_middle[None, :], axis=1)[:, None]
-        plain *= past[:, None]
+        sums += tl.sum(weights * value_middle[None, :], axis=1)[:, None]
         total = total * past + tl.sum(weights, axis=1)
-    return top, total, plain, rotated
+    tl.store(partial + share[:, None] * head_size + channels[None, :], sums, mask=mask)
+    return top, total
 
 
 @triton.jit
 def _attend_plain(
-    top, total, plain, rotated, q, scale, memory, keys, values, is_token, head_size: tl.constexpr
+    q, scale, memory, keys, values, is_token, top, total, sums, head_size: tl.constexpr
 ):
     """Attend over one tile of unquantised tokens, whose keys and values start at these elements."""
-    channels = tl.arange(0, plain.shape[1])
+    channels = tl.arange(0, sums.shape[1])
     mask = is_token[:, None] & (channels < head_size)[None, :]
     key = tl.load(memory + keys[:, None] + channels[None, :], mask=mask, other=0)
     scores = dot(q, tl.trans(key)) * scale
     scores = tl.where(is_token[None, :], scores, float("-inf"))
     top, past, weights = rescale(top, scores)
     value = tl.load(memory + values[:, None] + channels[None, :], mask=mask, other=0)
-    plain = plain * past[:, None] + dot(rounded(weights, value.dtype), value)
-    return top, total * past + tl.sum(weights, axis=1), plain, rotated * past[:, None]
+    sums = sums * past[:, None] + dot(rounded(weights, value.dtype), value)
+    return top, total * past + tl.sum(weights, axis=1), sums
 
 
 @triton.jit
@@ -119,13 +148,9 @@ def _share(num_tokens, index, num_shares: tl.constexpr, tile_tokens: tl.constexp
 
 @triton.jit
 def _attend_pages(
-    top,
-    total,
-    plain,
-    rotated,
-    q,
+    query,
     folded,
-    offset,
+    offsets,
     scale,
     heap,
     parameters,
@@ -135,18 +160,28 @@ def _attend_pages(
     num_tokens,
     index,
     head,
+    heads,
+    is_member,
+    partial,
+    share,
     page_bytes: tl.constexpr,
     head_page_bytes: tl.constexpr,
     capacity: tl.constexpr,
     code_bytes: tl.constexpr,
+    bytes_padded: tl.constexpr,
     bits: tl.constexpr,
     head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
     num_shares: tl.constexpr,
     tile_tokens: tl.constexpr,
 ):
-    """Attend over one share of the pages of one precision."""
+    """Attend over one share of the pages of one precision; returns the maximum and the total."""
     first, last = _share(num_tokens, index, num_shares, tile_tokens)
     if bits == 16:
+        q, mask, channels = _load_query(query, heads, is_member, head_size, channels_padded)
+        top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
+        total = tl.zeros([heads.shape[0]], tl.float32)
+        sums = tl.zeros([heads.shape[0], channels_padded], tl.float32)
         itemsize: tl.constexpr = code_bytes // head_size
         for start in range(first, last, tile_tokens):
             tokens = start + tl.arange(0, tile_tokens)
@@ -155,15 +190,13 @@ def _attend_pages(
             base = page.to(tl.int64) * page_bytes + head * head_page_bytes
             keys = base // itemsize + tokens % capacity * head_size
             values = keys + capacity * head_size
-            top, total, plain, rotated = _attend_plain(
-                top, total, plain, rotated, q, scale, elements, keys, values, is_token, head_size
+            top, total, sums = _attend_plain(
+                q, scale, elements, keys, values, is_token, top, total, sums, head_size
             )
+        tl.store(partial + share[:, None] * head_size + channels[None, :], sums, mask=mask)
     else:
-        top, total, plain, rotated = _attend_codes(
-            top,
-            total,
-            plain,
-            rotated,
+        offset = tl.load(offsets + heads, mask=is_member, other=0)
+        top, total = _attend_codes(
             folded,
             offset,
             heap,
@@ -173,15 +206,30 @@ def _attend_pages(
             first,
             last,
             head,
+            heads,
+            is_member,
+            partial,
+            share,
             page_bytes,
             head_page_bytes,
             capacity,
             code_bytes,
+            bytes_padded,
             bits,
             head_size,
             tile_tokens,
+            query.dtype.element_ty,
         )
-    return top, total, plain, rotated
+    return top, total
+
+
+@triton.jit
+def _load_query(query, heads, is_member, head_size: tl.constexpr, channels_padded: tl.constexpr):
+    """Queries [heads, channels_padded], with their mask and channels."""
+    channels = tl.arange(0, channels_padded)
+    mask = is_member[:, None] & (channels < head_size)[None, :]
+    q = tl.load(query + heads[:, None] * head_size + channels[None, :], mask=mask, other=0)
+    return q, mask, channels
 
 
 @triton.jit
@@ -201,8 +249,7 @@ def _attend(
     table_rows,
     tail_starts,
     context_lens,
-    partial_plain,
-    partial_rotated,
+    partial,
     partial_top,
     partial_total,
     cache_block_stride,
@@ -219,67 +266,79 @@ def _attend(
     high_bits: tl.constexpr,
     high_capacity: tl.constexpr,
     high_code_bytes: tl.constexpr,
+    high_bytes_padded: tl.constexpr,
     low_bits: tl.constexpr,
     low_capacity: tl.constexpr,
     low_code_bytes: tl.constexpr,
+    low_bytes_padded: tl.constexpr,
     num_shares: tl.constexpr,
+    num_parts: tl.constexpr,
     tile_tokens: tl.constexpr,
 ):
-    """One program per query row, KV head and share of the context."""
-    row, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, table_row = tl.load(slots + row).to(tl.int64), tl.load(table_rows + row).to(tl.int64)
-    tail_start, context_len = tl.load(tail_starts + row), tl.load(context_lens + row)
-
-    members, channels = tl.arange(0, group_padded), tl.arange(0, channels_padded)
+    """One program per query row, KV head and share of a part: kept, tail, the rest."""
+    row, head, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, index = place // num_shares, place % num_shares
+    slot = tl.load(slots + row).to(tl.int64)
+    members = tl.arange(0, group_padded)
     is_member = members < group
     heads = (row * num_kv_heads + head).to(tl.int64) * group + members
-    mask = is_member[:, None] & (channels < head_size)[None, :]
-    places = heads[:, None] * head_size + channels[None, :]
-    q = tl.load(query + places, mask=mask, other=0)
+    share = heads * (num_parts * num_shares) + place
+    table = page_table + slot * page_table_width
     top = tl.full([group_padded], float("-inf"), tl.float32)
     total = tl.zeros([group_padded], tl.float32)
-    plain = tl.zeros([group_padded, channels_padded], tl.float32)
-    rotated = tl.zeros([group_padded, channels_padded], tl.float32)
-    folded_q = rounded(tl.load(folded + places, mask=mask, other=0), q.dtype)
-    offset = tl.load(offsets + heads, mask=is_member, other=0)
-
-    table = page_table + slot * page_table_width
-    top, total, plain, rotated = _attend_pages(
-        top,
-        total,
-        plain,
-        rotated,
-        q,
-        folded_q,
-        offset,
-        scale,
-        heap,
-        parameters,
-        elements,
-        table,
-        1,
-        tl.load(page_counts + slot * 2),
-        index,
-        head,
-        page_bytes,
-        head_page_bytes,
-        high_capacity,
-        high_code_bytes,
-        high_bits,
-        head_size,
-        num_shares,
-        tile_tokens,
-    )
-    if low_bits > 0:
+    if part == 0:
+        top, total = _attend_pages(
+            query,
+            folded,
+            offsets,
+            scale,
+            heap,
+            parameters,
+            elements,
+            table,
+            1,
+            tl.load(page_counts + slot * 2),
+            index,
+            head,
+            heads,
+            is_member,
+            partial,
+            share,
+            page_bytes,
+            head_page_bytes,
+            high_capacity,
+            high_code_bytes,
+            high_bytes_padded,
+            high_bits,
+            head_size,
+            channels_padded,
+            num_shares,
+            tile_tokens,
+        )
+    elif part == 1:
+        q, mask, channels = _load_query(query, heads, is_member, head_size, channels_padded)
+        sums = tl.zeros([group_padded, channels_padded], tl.float32)
+        table_row = tl.load(table_rows + row).to(tl.int64)
+        tail_start, context_len = tl.load(tail_starts + row), tl.load(context_lens + row)
+        tail_len = tl.maximum(context_len - tail_start, 0)
+        first, last = _share(tail_len, index, num_shares, tile_tokens)
+        for start in range(tail_start + first, tail_start + last, tile_tokens):
+            tokens = start + tl.arange(0, tile_tokens)
+            is_token = tokens < tail_start + last
+            blocks = block_table + table_row * block_table_stride + tokens // block_size
+            block = tl.load(blocks, mask=is_token, other=0).to(tl.int64)
+            keys = block * cache_block_stride + head * block_size * 2 * head_size
+            keys += tokens % block_size * 2 * head_size
+            top, total, sums = _attend_plain(
+                q, scale, cache, keys, keys + head_size, is_token, top, total, sums, head_size
+            )
+        tl.store(partial + share[:, None] * head_size + channels[None, :], sums, mask=mask)
+    elif low_bits > 0:
         # The rest's pages lie from the right end towards the left.
-        top, total, plain, rotated = _attend_pages(
-            top,
-            total,
-            plain,
-            rotated,
-            q,
-            folded_q,
-            offset,
+        top, total = _attend_pages(
+            query,
+            folded,
+            offsets,
             scale,
             heap,
             parameters,
@@ -289,40 +348,28 @@ def _attend(
             tl.load(page_counts + slot * 2 + 1),
             index,
             head,
+            heads,
+            is_member,
+            partial,
+            share,
             page_bytes,
             head_page_bytes,
             low_capacity,
             low_code_bytes,
+            low_bytes_padded,
             low_bits,
             head_size,
+            channels_padded,
             num_shares,
             tile_tokens,
         )
-
-    first, last = _share(tl.maximum(context_len - tail_start, 0), index, num_shares, tile_tokens)
-    for start in range(tail_start + first, tail_start + last, tile_tokens):
-        tokens = start + tl.arange(0, tile_tokens)
-        is_token = tokens < tail_start + last
-        blocks = block_table + table_row * block_table_stride + tokens // block_size
-        block = tl.load(blocks, mask=is_token, other=0).to(tl.int64)
-        keys = block * cache_block_stride + head * block_size * 2 * head_size
-        keys += tokens % block_size * 2 * head_size
-        top, total, plain, rotated = _attend_plain(
-            top, total, plain, rotated, q, scale, cache, keys, keys + head_size, is_token, head_size
-        )
-
-    share = heads * num_shares + index
     tl.store(partial_top + share, top, mask=is_member)
     tl.store(partial_total + share, total, mask=is_member)
-    places = share[:, None] * head_size + channels[None, :]
-    tl.store(partial_plain + places, plain, mask=mask)
-    tl.store(partial_rotated + places, rotated, mask=mask)
 
 
 @triton.jit
 def _combine(
-    partial_plain,
-    partial_rotated,
+    partial,
     partial_top,
     partial_total,
     rotation,
@@ -331,23 +378,28 @@ def _combine(
     head_size: tl.constexpr,
     channels_padded: tl.constexpr,
     num_shares: tl.constexpr,
+    num_parts: tl.constexpr,
     shares_padded: tl.constexpr,
+    high_bits: tl.constexpr,
+    low_bits: tl.constexpr,
 ):
     """Put the shares of one query head together; one program each."""
     head = tl.program_id(0).to(tl.int64)
+    all_shares: tl.constexpr = num_parts * num_shares
     shares, channels = tl.arange(0, shares_padded), tl.arange(0, channels_padded)
-    is_share, is_channel = shares < num_shares, channels < head_size
-    tops = tl.load(partial_top + head * num_shares + shares, mask=is_share, other=float("-inf"))
-    totals = tl.load(partial_total + head * num_shares + shares, mask=is_share, other=0)
+    is_share, is_channel = shares < all_shares, channels < head_size
+    tops = tl.load(partial_top + head * all_shares + shares, mask=is_share, other=float("-inf"))
+    totals = tl.load(partial_total + head * all_shares + shares, mask=is_share, other=0)
     top = tl.max(tops, axis=0)
     worth = tl.exp(tops - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(worth * totals, axis=0)
-    places = (head * num_shares + shares)[:, None] * head_size + channels[None, :]
+    places = (head * all_shares + shares)[:, None] * head_size + channels[None, :]
     mask = is_share[:, None] & is_channel[None, :]
-    plain = tl.load(partial_plain + places, mask=mask, other=0)
-    rotated = tl.load(partial_rotated + places, mask=mask, other=0)
-    plain = tl.sum(worth[:, None] * plain, axis=0)
-    rotated = tl.sum(worth[:, None] * rotated, axis=0)
+    sums = worth[:, None] * tl.load(partial + places, mask=mask, other=0)
+    part = shares // num_shares
+    is_rotated = ((part == 0) & (high_bits != 16)) | ((part == 2) & (low_bits != 16))
+    rotated = tl.sum(tl.where(is_rotated[:, None], sums, 0.0), axis=0)
+    plain = tl.sum(tl.where(is_rotated[:, None], 0.0, sums), axis=0)
     square = channels[:, None] * head_size + channels[None, :]
     turn = tl.load(rotation + square, mask=is_channel[:, None] & is_channel[None, :], other=0)
     plain += tl.sum(rotated[:, None] * turn, axis=0)
@@ -377,6 +429,7 @@ def _page_arguments(geometry: PageGeometry) -> dict[str, int]:
         found[f"{name}_bits"] = bits
         found[f"{name}_capacity"] = layout.capacity
         found[f"{name}_code_bytes"] = layout.code_bytes
+        found[f"{name}_bytes_padded"] = triton.next_power_of_2(layout.code_bytes)
     return found
 
 
@@ -395,16 +448,17 @@ def decode_attention(
     norm = KeyNorm(*context.key_norms[rows.slots.long()].unbind(1))
     grouped = query.float().view(num_queries, num_kv_heads, group, head_size) * scale
     folded, offsets = fold_key_norm(grouped, norm)
-    num_shares = _num_shares(num_queries * num_kv_heads, device)
+    num_parts = 3 if geometry.low_bits else 2
+    num_shares = _num_shares(num_queries * num_kv_heads * num_parts, device)
     floats = {"dtype": torch.float32, "device": device}
-    partial = torch.empty(2, num_queries, num_heads, num_shares, head_size, **floats)
-    sums = torch.empty(2, num_queries, num_heads, num_shares, **floats)
+    shares = (num_queries, num_heads, num_parts * num_shares)
+    partial, sums = torch.empty(*shares, head_size, **floats), torch.empty(2, *shares, **floats)
     log_total = torch.empty(num_queries, num_heads, **floats)
     if num_queries == 0:
         return log_total
     channels_padded = padded(head_size)
     kv_cache = context.kv_cache
-    _attend[(num_queries, num_kv_heads, num_shares)](
+    _attend[(num_queries, num_kv_heads, num_parts * num_shares)](
         query.contiguous(),
         folded.contiguous(),
         offsets.contiguous(),
@@ -417,7 +471,7 @@ def decode_attention(
         context.page_counts,
         context.block_table,
         *rows,
-        *partial,
+        partial,
         *sums,
         kv_cache.stride(0),
         context.block_table.stride(0),
@@ -429,11 +483,12 @@ def decode_attention(
         channels_padded=channels_padded,
         block_size=kv_cache.shape[2],
         num_shares=num_shares,
+        num_parts=num_parts,
         tile_tokens=tile_side(head_size, kv_cache.element_size()),
         **_page_arguments(geometry),
     )
     _combine[(num_queries * num_heads,)](
-        *partial,
+        partial,
         *sums,
         hadamard(head_size, device),
         out,
@@ -441,6 +496,9 @@ def decode_attention(
         head_size=head_size,
         channels_padded=channels_padded,
         num_shares=num_shares,
-        shares_padded=triton.next_power_of_2(num_shares),
+        num_parts=num_parts,
+        shares_padded=triton.next_power_of_2(num_parts * num_shares),
+        high_bits=geometry.high_bits,
+        low_bits=geometry.low_bits,
     )
     return log_total
