@@ -7,6 +7,7 @@ The rows are those of `evaluate.py`, with the engine's answers under `engine ful
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def start(folder: Path, method: Method, max_model_len: int) -> Any:
     """An engine that computes every prompt whole, so that it chooses what the oracle chooses."""
+    # On the CPU vLLM would take nearly all memory, and fail where it is not free.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm import LLM
 
     settings: dict[str, Any] = {}
