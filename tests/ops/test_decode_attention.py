@@ -49,15 +49,21 @@ class Case(NamedTuple):
 
 
 class Memory:
-    """Blocks in permuted order, one layer of which is used; what is not written is NaN."""
+    """Blocks in permuted order, one layer of which is used; what is not written is NaN.
 
-    def __init__(self, geometry: PageGeometry, dtype: torch.dtype, num_blocks: int) -> None:
+    Those before `first_block` are never touched, so that they need no memory.
+    """
+
+    def __init__(
+        self, geometry: PageGeometry, dtype: torch.dtype, num_blocks: int, first_block: int
+    ) -> None:
         self.geometry, self.dtype = geometry, dtype
-        storage = torch.full((num_blocks, geometry.block_bytes), 255, dtype=torch.uint8)
+        storage = torch.empty(first_block + num_blocks, geometry.block_bytes, dtype=torch.uint8)
+        storage[first_block:] = 255
         self.heap = storage.view(-1, geometry.page_bytes)
-        shape = (num_blocks, NUM_LAYERS, geometry.num_kv_heads, BLOCK_SIZE, -1)
+        shape = (len(storage), NUM_LAYERS, geometry.num_kv_heads, BLOCK_SIZE, -1)
         self.kv_cache = storage.view(dtype).view(shape)[:, LAYER]
-        self.blocks = torch.randperm(num_blocks).tolist()
+        self.blocks = (first_block + torch.randperm(num_blocks)).tolist()
         self.unused = self.blocks.pop()
 
     def take_pages(self, num_pages: int) -> torch.Tensor:
@@ -91,11 +97,15 @@ class Memory:
 
 
 def make_case(
-    geometry: PageGeometry, dtype: torch.dtype, shape: tuple[Row, ...], normalised: bool = False
+    geometry: PageGeometry,
+    dtype: torch.dtype,
+    shape: tuple[Row, ...],
+    normalised: bool = False,
+    first_block: int = 0,
 ) -> Case:
     """Rows of the given shape; slots are permuted, unused table entries lead to NaN."""
     seed(len(shape))
-    memory = Memory(geometry, dtype, 200)
+    memory = Memory(geometry, dtype, 200, first_block)
     num_rows, heads = len(shape), (geometry.num_kv_heads, geometry.head_size)
     page_table = torch.full((num_rows, 600), memory.unused * geometry.pages_per_block).int()
     block_table = torch.full((num_rows, 250), memory.unused).int()
@@ -164,8 +174,9 @@ def check(
     dtype: torch.dtype,
     shape: tuple[Row, ...],
     normalised: bool = False,
+    first_block: int = 0,
 ) -> None:
-    case = make_case(geometry, dtype, shape, normalised)
+    case = make_case(geometry, dtype, shape, normalised, first_block)
     query = torch.randn(len(shape), num_heads, geometry.head_size).to(dtype)
     scale = geometry.head_size**-0.5
     out, oracle = (torch.full_like(query, torch.nan) for _ in range(2))
@@ -210,6 +221,13 @@ def test_group_sizes(group: int) -> None:
 def test_normalised_keys(bits: tuple[int, int]) -> None:
     geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, *bits)
     check(8, geometry, torch.bfloat16, ROWS, normalised=True)
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (16, 0)], ids=str)
+def test_a_pool_of_more_elements_than_int32_counts(bits: tuple[int, int]) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, *bits)
+    first_block = 2**31 * torch.bfloat16.itemsize // geometry.block_bytes + 1
+    check(8, geometry, torch.bfloat16, ROWS[1:3], first_block=first_block)
 
 
 def test_long_context_of_one_row_is_split() -> None:
