@@ -32,7 +32,7 @@ from answers import (
     read,
     table,
 )
-from claims import claims_table
+from claims import claims_table, difference
 
 NUM_HEIGHTS = 16
 COMPARED = (ZIPVL, "fixed-0.5", "random-0.5", "fastv", "hired-0.4", "minference-0.2")
@@ -48,6 +48,10 @@ def parse_arguments() -> argparse.Namespace:
         "--families", nargs="+", choices=tasks.CHOICES, default=list(tasks.FAMILIES)
     )
     parser.add_argument("--questions", type=int, default=500, help="planned per family and level")
+    parser.add_argument(
+        "--compare", nargs=2, action="append", default=[], metavar=("METHOD", "OTHER"),
+        help="write how much better one answers than the other, on the same questions",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -88,6 +92,17 @@ def lists_table(questions: list[Question], methods: list[str], num_planned: int)
         for method in methods
     ]
     return table(["method", f"accuracy on {len(lists)} lists", "as full %"], rows)
+
+
+def differences_table(questions: list[Question], pairs: list[list[str]]) -> str:
+    """Of two methods each, on the questions that both have answered."""
+    lists = lists_of(questions)
+    rows = []
+    for method, other in pairs:
+        both = [q for q in questions if method in q.methods and other in q.methods]
+        of_all, of_lists = (str(difference(part, method, other)) for part in (both, lists))
+        rows.append([f"{method} over {other}", str(len(both)), of_all, of_lists])
+    return table(["compared", "questions", "all", f"{len(lists)} lists"], rows)
 
 
 def families_table(questions: list[Question], num_planned: int) -> str:
@@ -198,6 +213,8 @@ def main() -> None:
     ]
     whole = [name for name in methods if label(questions, name, num_planned) == name]
     parts.append(claims_table(questions, whole))
+    if arguments.compare:
+        parts.append(differences_table(questions, arguments.compare))
     (out / "tables.md").write_text("\n\n".join(parts) + "\n")
     print((out / "tables.md").read_text())
     compared = [name for name in COMPARED if name in whole]

@@ -380,6 +380,14 @@ def test_differences_are_of_the_same_questions() -> None:
     assert (high - low) / 2 == pytest.approx(1.96 * (1 - 0.64) ** 0.5 / 1200**0.5, rel=1e-2)
 
 
+def test_methods_are_compared_on_what_both_have_answered() -> None:
+    right = {"a": [True] * 12, "b": [i % 2 > 0 for i in range(12)]}
+    questions = questions_of(right, {"a": 0.5, "b": 0.5})
+    del questions[0].methods["b"]
+    line = report.differences_table(questions, [["a", "b"]]).splitlines()[-1]
+    assert line.startswith("| a over b | 11 | +45.5 points (")
+
+
 def test_few_questions_without_a_difference_prove_nothing() -> None:
     questions = questions_of({"a": [True] * 12, "b": [True] * 12}, {"a": 0.5, "b": 0.5})
     assert claims.difference(questions, "a", "b").verdict(-0.01) == "open"

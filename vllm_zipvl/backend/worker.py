@@ -100,8 +100,9 @@ class ZipVLWorker:
         zeros = torch.zeros(max_rows, dtype=torch.int32, device=kv_cache.device)
         zero = zeros[:1]
         query = kv_cache.new_zeros(max_rows, num_heads, geometry.head_size)
-        # Kernels depend on the number of rows by powers of two.
-        for num_rows in {min(2**i, max_rows) for i in range(max_rows.bit_length() + 1)}:
+        # On a GPU there is a kernel for every power of two of rows, elsewhere one.
+        counts = {min(2**i, max_rows) for i in range(max_rows.bit_length() + 1)}
+        for num_rows in counts if kv_cache.is_cuda else (1,):
             rows = DecodeRows(*[zeros[:num_rows]] * len(DecodeRows._fields))
             out = torch.empty_like(query[:num_rows])
             decode_attention(query[:num_rows], self.context(0, zero[None]), rows, 1.0, out)
