@@ -14,7 +14,14 @@ import triton.language as tl
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, fold_key_norm, hadamard
-from vllm_zipvl.ops.tiles import INTERPRETED, dot, padded, rescale, rounded, tile_side
+from vllm_zipvl.ops.decode_attention.triton_parts import (
+    PageLayout,
+    attend_pages,
+    attend_plain,
+    load_query,
+    share_of,
+)
+from vllm_zipvl.ops.tiles import padded, rounded, tile_side
 
 if TYPE_CHECKING:
     from vllm_zipvl.ops.decode_attention.api import CachedContext, DecodeRows
@@ -22,214 +29,6 @@ if TYPE_CHECKING:
 MAX_SHARES = 32
 PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_SHARES = 3
-
-
-@triton.jit
-def _numbers(packed, bits: tl.constexpr, dtype: tl.constexpr):
-    """Codes [tokens, bytes] of `bits` as numbers from the middle of their range.
-
-    Returns [tokens, codes]: those of one byte beside each other, the lowest bits first.
-    """
-    packed = packed.to(tl.uint16)
-    if bits == 8:
-        codes = packed
-    elif bits == 4:
-        codes = tl.join(packed & 15, packed >> 4)
-    else:
-        even, odd = tl.join(packed & 3, (packed >> 4) & 3), tl.join((packed >> 2) & 3, packed >> 6)
-        codes = tl.join(even, odd)
-    codes = tl.reshape(codes, [packed.shape[0], packed.shape[1] * (8 // bits)])
-    middle: tl.constexpr = 2 ** (bits - 1)
-    # The interpreter does not add in bfloat16.
-    if bits == 8 or dtype == tl.float32 or (INTERPRETED and dtype == tl.bfloat16):
-        return (codes.to(tl.float32) - middle).to(dtype)
-    # In place of the lowest bits of a power of two, a code adds itself: no conversion.
-    power: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
-    pattern: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    shifted = (codes | pattern).to(dtype, bitcast=True)
-    return shifted - tl.full([], power + middle, dtype)
-
-
-@triton.jit
-def _attend_codes(
-    folded,
-    offset,
-    heap,
-    parameters,
-    table,
-    table_step,
-    first,
-    last,
-    head,
-    heads,
-    is_member,
-    partial,
-    share,
-    page_bytes: tl.constexpr,
-    head_page_bytes: tl.constexpr,
-    capacity: tl.constexpr,
-    code_bytes: tl.constexpr,
-    bytes_padded: tl.constexpr,
-    bits: tl.constexpr,
-    head_size: tl.constexpr,
-    tile_tokens: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Attend over tokens [first, last) of quantised pages; returns the maximum and the total.
-
-    Codes count from the middle of their range: a query rounded to its dtype errs in proportion to
-    what it is multiplied by.
-    """
-    in_byte: tl.constexpr = 8 // bits
-    order = tl.arange(0, bytes_padded * in_byte)
-    byte, bytes = order // in_byte, tl.arange(0, bytes_padded)
-    # A byte holds channels that lie `code_bytes` apart.
-    channels = order % in_byte * code_bytes + byte
-    mask = is_member[:, None] & (byte < code_bytes)[None, :]
-    q = tl.load(folded + heads[:, None] * head_size + channels[None, :], mask=mask, other=0)
-    q = rounded(q, dtype)
-    q_sum = tl.sum(q.to(tl.float32), axis=1)
-    top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([heads.shape[0]], tl.float32)
-    sums = tl.zeros([heads.shape[0], bytes_padded * in_byte], tl.float32)
-    param_offset: tl.constexpr = 2 * capacity * code_bytes
-    middle: tl.constexpr = 2 ** (bits - 1)
-    for start in range(first, last, tile_tokens):
-        tokens = start + tl.arange(0, tile_tokens)
-        is_token = tokens < last
-        slot = tokens % capacity
-        page = tl.load(table + tokens // capacity * table_step, mask=is_token, other=0)
-        base = page.to(tl.int64) * page_bytes + head * head_page_bytes
-        code = base[:, None] + (slot * code_bytes)[:, None] + bytes[None, :]
-        is_code = is_token[:, None] & (bytes < code_bytes)[None, :]
-        param = parameters + (base + param_offset) // 2 + slot
-        key_scale = tl.load(param, mask=is_token, other=0).to(tl.float32)
-        key_zero = tl.load(param + capacity, mask=is_token, other=0).to(tl.float32)
-        value_scale = tl.load(param + 2 * capacity, mask=is_token, other=0).to(tl.float32)
-        value_zero = tl.load(param + 3 * capacity, mask=is_token, other=0).to(tl.float32)
-        keys = _numbers(tl.load(heap + code, mask=is_code, other=0), bits, dtype)
-        scores = dot(q, tl.trans(keys)) * key_scale[None, :]
-        scores += q_sum[:, None] * (key_zero + middle * key_scale)[None, :] + offset[:, None]
-        scores = tl.where(is_token[None, :], scores, float("-inf"))
-        top, past, weights = rescale(top, scores)
-        packed = tl.load(heap + code + capacity * code_bytes, mask=is_code, other=0)
-        values = _numbers(packed, bits, dtype)
-        sums = sums * past[:, None] + dot(rounded(weights * value_scale[None, :], dtype), values)
-        value_middle = value_zero + middle * value_scale
-        sums += tl.sum(weights * value_middle[None, :], axis=1)[:, None]
-        total = total * past + tl.sum(weights, axis=1)
-    tl.store(partial + share[:, None] * head_size + channels[None, :], sums, mask=mask)
-    return top, total
-
-
-@triton.jit
-def _attend_plain(
-    q, scale, memory, keys, values, is_token, top, total, sums, head_size: tl.constexpr
-):
-    """Attend over one tile of unquantised tokens, whose keys and values start at these elements."""
-    channels = tl.arange(0, sums.shape[1])
-    mask = is_token[:, None] & (channels < head_size)[None, :]
-    key = tl.load(memory + keys[:, None] + channels[None, :], mask=mask, other=0)
-    scores = dot(q, tl.trans(key)) * scale
-    scores = tl.where(is_token[None, :], scores, float("-inf"))
-    top, past, weights = rescale(top, scores)
-    value = tl.load(memory + values[:, None] + channels[None, :], mask=mask, other=0)
-    sums = sums * past[:, None] + dot(rounded(weights, value.dtype), value)
-    return top, total * past + tl.sum(weights, axis=1), sums
-
-
-@triton.jit
-def _share(num_tokens, index, num_shares: tl.constexpr, tile_tokens: tl.constexpr):
-    """Tokens [first, last) of one share, whole tiles but for the last."""
-    per_share = tl.cdiv(tl.cdiv(num_tokens, tile_tokens), num_shares) * tile_tokens
-    first = tl.minimum(index * per_share, num_tokens)
-    return first, tl.minimum(first + per_share, num_tokens)
-
-
-@triton.jit
-def _attend_pages(
-    query,
-    folded,
-    offsets,
-    scale,
-    heap,
-    parameters,
-    elements,
-    table,
-    table_step,
-    num_tokens,
-    index,
-    head,
-    heads,
-    is_member,
-    partial,
-    share,
-    page_bytes: tl.constexpr,
-    head_page_bytes: tl.constexpr,
-    capacity: tl.constexpr,
-    code_bytes: tl.constexpr,
-    bytes_padded: tl.constexpr,
-    bits: tl.constexpr,
-    head_size: tl.constexpr,
-    channels_padded: tl.constexpr,
-    num_shares: tl.constexpr,
-    tile_tokens: tl.constexpr,
-):
-    """Attend over one share of the pages of one precision; returns the maximum and the total."""
-    first, last = _share(num_tokens, index, num_shares, tile_tokens)
-    if bits == 16:
-        q, mask, channels = _load_query(query, heads, is_member, head_size, channels_padded)
-        top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
-        total = tl.zeros([heads.shape[0]], tl.float32)
-        sums = tl.zeros([heads.shape[0], channels_padded], tl.float32)
-        itemsize: tl.constexpr = code_bytes // head_size
-        for start in range(first, last, tile_tokens):
-            tokens = start + tl.arange(0, tile_tokens)
-            is_token = tokens < last
-            page = tl.load(table + tokens // capacity * table_step, mask=is_token, other=0)
-            base = page.to(tl.int64) * page_bytes + head * head_page_bytes
-            keys = base // itemsize + tokens % capacity * head_size
-            values = keys + capacity * head_size
-            top, total, sums = _attend_plain(
-                q, scale, elements, keys, values, is_token, top, total, sums, head_size
-            )
-        tl.store(partial + share[:, None] * head_size + channels[None, :], sums, mask=mask)
-    else:
-        offset = tl.load(offsets + heads, mask=is_member, other=0)
-        top, total = _attend_codes(
-            folded,
-            offset,
-            heap,
-            parameters,
-            table,
-            table_step,
-            first,
-            last,
-            head,
-            heads,
-            is_member,
-            partial,
-            share,
-            page_bytes,
-            head_page_bytes,
-            capacity,
-            code_bytes,
-            bytes_padded,
-            bits,
-            head_size,
-            tile_tokens,
-            query.dtype.element_ty,
-        )
-    return top, total
-
-
-@triton.jit
-def _load_query(query, heads, is_member, head_size: tl.constexpr, channels_padded: tl.constexpr):
-    """Queries [heads, channels_padded], with their mask and channels."""
-    channels = tl.arange(0, channels_padded)
-    mask = is_member[:, None] & (channels < head_size)[None, :]
-    q = tl.load(query + heads[:, None] * head_size + channels[None, :], mask=mask, other=0)
-    return q, mask, channels
 
 
 @triton.jit
@@ -261,16 +60,8 @@ def _attend(
     head_size: tl.constexpr,
     channels_padded: tl.constexpr,
     block_size: tl.constexpr,
-    page_bytes: tl.constexpr,
-    head_page_bytes: tl.constexpr,
-    high_bits: tl.constexpr,
-    high_capacity: tl.constexpr,
-    high_code_bytes: tl.constexpr,
-    high_bytes_padded: tl.constexpr,
-    low_bits: tl.constexpr,
-    low_capacity: tl.constexpr,
-    low_code_bytes: tl.constexpr,
-    low_bytes_padded: tl.constexpr,
+    high: tl.constexpr,
+    low: tl.constexpr,
     num_shares: tl.constexpr,
     num_parts: tl.constexpr,
     tile_tokens: tl.constexpr,
@@ -286,42 +77,20 @@ def _attend(
     table = page_table + slot * page_table_width
     top = tl.full([group_padded], float("-inf"), tl.float32)
     total = tl.zeros([group_padded], tl.float32)
+    pools = (heap, parameters, elements)
     if part == 0:
-        top, total = _attend_pages(
-            query,
-            folded,
-            offsets,
-            scale,
-            heap,
-            parameters,
-            elements,
-            table,
-            1,
-            tl.load(page_counts + slot * 2),
-            index,
-            head,
-            heads,
-            is_member,
-            partial,
-            share,
-            page_bytes,
-            head_page_bytes,
-            high_capacity,
-            high_code_bytes,
-            high_bytes_padded,
-            high_bits,
-            head_size,
-            channels_padded,
-            num_shares,
-            tile_tokens,
-        )
+        top, total = attend_pages(
+            query, folded, offsets, scale, pools, table, 1, tl.load(page_counts + slot * 2),
+            index, head, heads, is_member, partial, share, high, head_size, channels_padded,
+            num_shares, tile_tokens,
+        )  # fmt: skip
     elif part == 1:
-        q, mask, channels = _load_query(query, heads, is_member, head_size, channels_padded)
+        q, mask, channels = load_query(query, heads, is_member, head_size, channels_padded)
         sums = tl.zeros([group_padded, channels_padded], tl.float32)
         table_row = tl.load(table_rows + row).to(tl.int64)
         tail_start, context_len = tl.load(tail_starts + row), tl.load(context_lens + row)
         tail_len = tl.maximum(context_len - tail_start, 0)
-        first, last = _share(tail_len, index, num_shares, tile_tokens)
+        first, last = share_of(tail_len, index, num_shares, tile_tokens)
         for start in range(tail_start + first, tail_start + last, tile_tokens):
             tokens = start + tl.arange(0, tile_tokens)
             is_token = tokens < tail_start + last
@@ -329,40 +98,18 @@ def _attend(
             block = tl.load(blocks, mask=is_token, other=0).to(tl.int64)
             keys = block * cache_block_stride + head * block_size * 2 * head_size
             keys += tokens % block_size * 2 * head_size
-            top, total, sums = _attend_plain(
+            top, total, sums = attend_plain(
                 q, scale, cache, keys, keys + head_size, is_token, top, total, sums, head_size
             )
         tl.store(partial + share[:, None] * head_size + channels[None, :], sums, mask=mask)
-    elif low_bits > 0:
+    elif num_parts > 2:
         # The rest's pages lie from the right end towards the left.
-        top, total = _attend_pages(
-            query,
-            folded,
-            offsets,
-            scale,
-            heap,
-            parameters,
-            elements,
-            table + page_table_width - 1,
-            -1,
-            tl.load(page_counts + slot * 2 + 1),
-            index,
-            head,
-            heads,
-            is_member,
-            partial,
-            share,
-            page_bytes,
-            head_page_bytes,
-            low_capacity,
-            low_code_bytes,
-            low_bytes_padded,
-            low_bits,
-            head_size,
-            channels_padded,
-            num_shares,
-            tile_tokens,
-        )
+        end = table + page_table_width - 1
+        top, total = attend_pages(
+            query, folded, offsets, scale, pools, end, -1, tl.load(page_counts + slot * 2 + 1),
+            index, head, heads, is_member, partial, share, low, head_size, channels_padded,
+            num_shares, tile_tokens,
+        )  # fmt: skip
     tl.store(partial_top + share, top, mask=is_member)
     tl.store(partial_total + share, total, mask=is_member)
 
@@ -422,15 +169,10 @@ def _num_shares(num_programs: int, device: torch.device) -> int:
     return min(MAX_SHARES, 1 << (wanted.bit_length() - 1))
 
 
-def _page_arguments(geometry: PageGeometry) -> dict[str, int]:
-    found = {"page_bytes": geometry.page_bytes, "head_page_bytes": geometry.head_page_bytes}
-    for name, bits in (("high", geometry.high_bits), ("low", geometry.low_bits)):
-        layout = geometry.layout(bits or UNQUANTISED)
-        found[f"{name}_bits"] = bits
-        found[f"{name}_capacity"] = layout.capacity
-        found[f"{name}_code_bytes"] = layout.code_bytes
-        found[f"{name}_bytes_padded"] = triton.next_power_of_2(layout.code_bytes)
-    return found
+def _layout(geometry: PageGeometry, bits: int) -> PageLayout:
+    layout = geometry.layout(bits or UNQUANTISED)
+    sizes = (layout.capacity, layout.code_bytes, triton.next_power_of_2(layout.code_bytes))
+    return PageLayout(geometry.page_bytes, geometry.head_page_bytes, bits, *sizes)
 
 
 def decode_attention(
@@ -485,7 +227,8 @@ def decode_attention(
         num_shares=num_shares,
         num_parts=num_parts,
         tile_tokens=tile_side(head_size, kv_cache.element_size()),
-        **_page_arguments(geometry),
+        high=_layout(geometry, geometry.high_bits),
+        low=_layout(geometry, geometry.low_bits),
     )
     _combine[(num_queries * num_heads,)](
         partial,
