@@ -6,21 +6,22 @@ Tensors are made on torch's default device.
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from vllm_zipvl.cache.heap import HeapTables, PageHeap
+from vllm_zipvl.backend.prompts import PromptBatch, PromptSelector
+from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
+from vllm_zipvl.cache.messages import ChunkPlan
+from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
-from vllm_zipvl.core.probes import num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import select
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.decode_attention import reference as decode_reference
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
-from vllm_zipvl.ops.probe_scores import probe_scores
-from vllm_zipvl.ops.transfer import to_device
+from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 
 DTYPE = torch.bfloat16
 RESIDUAL = 32
@@ -62,22 +63,23 @@ def agree(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @cache
-def _probes(num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Positions, how many of them may see each token, and how many are random.
-
-    Found once for all layers, as by the backend.
-    """
-    config = ZipVLConfig()
-    probes = probe_positions(0, 0, num_tokens, config.probe_recent, config.probe_random)
-    positions = np.concatenate(probes)
-    visible = num_visible_probes(positions, num_tokens)
-    return to_device(positions, device), to_device(visible, device), len(probes.random)
+def _prompt(
+    layer: Layer, num_tokens: int, ratio: float, device: torch.device
+) -> tuple[PromptSelector, PromptBatch]:
+    """A prompt in one chunk; its places are found once for all layers, as by the backend."""
+    config = ZipVLConfig(ratio=ratio, min_tokens=1)
+    rules = CacheRules(config, layer.geometry(config.high_bits, config.low_bits))
+    selector = PromptSelector(rules, lambda mass: mass, num_tokens)
+    chunk = ChunkPlan("bench", 0, 0, 0, num_tokens, True, False)
+    (batch,) = selector.batches([chunk], device)
+    return selector, batch
 
 
 def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """What the backend asks of one layer of a prompt in one chunk, float32 [num_tokens]."""
-    positions, _, num_random = _probes(query.shape[0], query.device)
-    mass = probe_scores(query[positions], positions, num_random, key, layer.scale)
+    _, batch = _prompt(layer, len(query), 1.0, query.device)
+    queries, contexts = query[batch.probe_places], batch.rows.contexts
+    mass = probe_scores(queries, batch.probes, key, contexts, layer.scale)
     return mass.random + mass.recent
 
 
@@ -91,12 +93,26 @@ def sparse_prefill(
     ratio: float,
 ) -> torch.Tensor:
     """What the backend does for one layer of a prompt in one chunk."""
-    config = ZipVLConfig(ratio=ratio)
     store_kv(key, value, kv_cache, slots)
-    positions, visible, num_random = _probes(query.shape[0], query.device)
-    num_recent = len(positions) - num_random
-    selection = select(probe_mass(layer, query, key), visible, num_recent, config)
-    return sparse_prefill_attention(query, key, value, selection.kept, layer.scale)
+    selector, batch = _prompt(layer, len(query), ratio, query.device)
+    kept = selector.select(0, batch, query, key, layer.scale)
+    assert kept is not None
+    return sparse_prefill_attention(query, key, value, kept, layer.scale, chunks=batch.rows)
+
+
+def moves_of(
+    slot: int, block_ids: torch.Tensor, num_tokens: int, heap_block_ids: list[int]
+) -> Moves:
+    """A prompt's first tokens into a slot's pages."""
+    device = block_ids.device
+    return Moves(
+        slots=to_device([slot], device),
+        block_table=block_ids[None],
+        contexts=Sequences([num_tokens], device),
+        heap_block_ids=[heap_block_ids],
+        first_pages=to_device([0], device),
+        is_first=[True],
+    )
 
 
 def check_prefill(layer: Layer) -> None:
@@ -108,10 +124,13 @@ def check_prefill(layer: Layer) -> None:
     num_blocks = cdiv(num_tokens, layer.block_size)
     cache = randn(num_blocks, layer.num_kv_heads, layer.block_size, 2 * layer.head_size)
     store_kv(key, value, cache, torch.arange(num_tokens))
-    stored = gather_kv(cache, torch.arange(num_blocks), 0, num_tokens)
+    contexts = Sequences([num_tokens], cache.device)
+    stored = gather_kv(cache, torch.arange(num_blocks)[None], contexts)
     agree("dense blocks", stored, torch.cat([key, value], dim=-1))
     positions = torch.tensor([250, 299])
-    mass = sum(probe_scores(query[:2], positions, 1, key, layer.scale))
+    is_random = torch.tensor([True, False])
+    probes = ProbePlaces(positions, is_random, Sequences([2], cache.device))
+    mass = sum(probe_scores(query[:2], probes, key, contexts, layer.scale))
     keys = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).double()
     scores = torch.einsum("ihd,jhd->ihj", query[:2].double(), keys * layer.scale)
     hidden = torch.arange(num_tokens) > positions[:, None, None]
@@ -136,8 +155,8 @@ def decode_case(
     block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)
     for i in range(num_rows):
         prompt = randn(end // block_size, layer.num_kv_heads, block_size, 2 * layer.head_size)
-        block_ids, heap_blocks = torch.arange(len(prompt)), blocks[i].tolist()
-        heap.move(i, [prompt], block_ids, mask[None], heap_blocks, takes_norms=True)
+        moves = moves_of(i, torch.arange(len(prompt)), end, blocks[i].tolist())
+        heap.move(moves, [prompt], mask[None])
         block_table[i, end // block_size :] = torch.arange(i * tail, (i + 1) * tail)
     kv_cache = randn(num_rows * tail, layer.num_kv_heads, block_size, 2 * layer.head_size)
     tables = heap.tables

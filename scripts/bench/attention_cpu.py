@@ -28,6 +28,7 @@ from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan
 from vllm_zipvl.core.geometry import cdiv, num_compressible
 from vllm_zipvl.core.quantization import key_norm
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv
 from vllm_zipvl.ops.page_codec import read_pages
@@ -133,7 +134,7 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
 
     def run() -> None:
         heap.reset(0)
-        compress(plan, [kept], [kv_cache], torch.tensor(plan.dense_block_ids), heap)
+        compress([plan], kept[None], [kv_cache], heap)
 
     run()
     check_compressed(heap, kv_cache, kept)
@@ -151,7 +152,8 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
 def check_compressed(heap: PageHeap, kv_cache: torch.Tensor, kept: torch.Tensor) -> None:
     """Both classes' pages decode to what the codec's reference makes of the same tokens."""
     geometry = heap.geometry
-    kv = gather_kv(kv_cache, torch.arange(len(kv_cache)), 0, len(kept))
+    contexts = Sequences([len(kept)], kept.device)
+    kv = gather_kv(kv_cache, torch.arange(len(kv_cache))[None], contexts)
     norm = key_norm(kv[..., : LAYER.head_size])
     table = heap.tables.page_table[0, 0]
     for mask, bits, name in ((kept, 4, "kept"), (~kept, 2, "other")):

@@ -17,6 +17,7 @@ from attention_cases import (
     check_decode,
     check_prefill,
     decode_case,
+    moves_of,
     probe_mass,
     randn,
     sparse_prefill,
@@ -216,7 +217,8 @@ def compress_row(name: str, layer: Layer, is_dry: bool) -> dict[str, Any]:
 
     def run() -> None:
         heap.reset(0)
-        heap.move(0, [cache], block_ids, kept[None], list(range(num_blocks)), takes_norms=True)
+        moves = moves_of(0, block_ids, num_tokens, list(range(num_blocks)))
+        heap.move(moves, [cache], kept[None])
 
     seconds = milliseconds(run, is_dry) * MILLISECOND
     query = randn(num_tokens, layer.num_heads, layer.head_size)

@@ -29,9 +29,10 @@ from typing import NamedTuple
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parents[1]
-CHECKED = "test_any_precision_has_a_codec or test_tokens_of_all_layers or test_normalised_keys"
+WRITES = "test_any_precision_has_a_codec or test_tokens_of_all_layers or test_normalised_keys"
+CHECKED = f"{WRITES} or side_by_side or test_scores_match"
 """What the kernels that serve give; the other tests take minutes to compile theirs."""
-SANITISED = f"{CHECKED} or test_gather_gives"
+SANITISED = f"{WRITES} or test_gather_gives"
 """Tests that write pages and blocks and read them back; the sanitizer is slow."""
 DRY = "test_any_precision_has_a_codec"
 GATE = "checks"

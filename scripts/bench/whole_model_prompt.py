@@ -2,20 +2,18 @@
 
 from dataclasses import replace
 
-import numpy as np
 import torch
-from attention_cases import DTYPE
+from attention_cases import DTYPE, moves_of
 from whole_model_decoder import ModelShape
 
-from vllm_zipvl.cache.heap import HeapTables, PageHeap
+from vllm_zipvl.backend.prompts import PromptSelector
+from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
+from vllm_zipvl.cache.messages import ChunkPlan
+from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
-from vllm_zipvl.core.probes import num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import Selection, cap_selections, select
 from vllm_zipvl.ops.dense_blocks import store_kv
 from vllm_zipvl.ops.prefill_attention import find_kernel, sparse_prefill_attention
-from vllm_zipvl.ops.probe_scores import probe_scores
-from vllm_zipvl.ops.transfer import to_device
 
 
 def geometry_of(shape: ModelShape, config: ZipVLConfig) -> PageGeometry:
@@ -52,15 +50,16 @@ class Prompt:
         self.block_ids = torch.randperm(num_blocks)
         slots = self.block_ids[:, None] * block_size + torch.arange(block_size)
         self.slots = slots.flatten()[:num_tokens]
-        self.probes = probe_positions(
-            config.seed, 0, num_tokens, config.probe_recent, config.probe_random
-        )
-        positions, device = np.concatenate(self.probes), self.slots.device
-        self.positions = to_device(positions, device)
-        visible = num_visible_probes(positions, num_tokens)
-        self.num_visible = to_device(visible, device, torch.float32)
-        self.kernel = find_kernel("auto", device.type, DTYPE, shape.layer.head_size)
-        self.selections: list[Selection | None] = [None] * shape.num_layers
+        self.kernel = find_kernel("auto", self.slots.device.type, DTYPE, shape.layer.head_size)
+        # All prompts attend sparsely, those of a dry run too.
+        rules = CacheRules(replace(config, min_tokens=1), self.geometry)
+        self.selector = PromptSelector(rules, lambda mass: mass, num_tokens)
+        self.begin()
+
+    def begin(self) -> None:
+        """Resolve the batch of a step."""
+        chunk = ChunkPlan("bench", 0, 0, 0, self.num_tokens, True, False)
+        (self.batch,) = self.selector.batches([chunk], self.slots.device)
 
     @property
     def end(self) -> int:
@@ -70,27 +69,27 @@ class Prompt:
     @property
     def kept(self) -> float:
         """Share of the tokens that attend, mean over layers."""
-        masks = [selection.kept for selection in self.selections if selection is not None]
+        masks = [selection.kept for selection in self.batch.selections.values()]
         return float(torch.stack(masks).float().mean())
 
     def prefill(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        scale = self.shape.layer.scale
+        if layer == 0:
+            self.begin()
+        scale, batch = self.shape.layer.scale, self.batch
         store_kv(key, value, self.kv_caches[layer], self.slots)
-        num_random = len(self.probes.random)
-        mass = probe_scores(query[self.positions], self.positions, num_random, key, scale)
-        selection = select(
-            mass.random + mass.recent, self.num_visible, len(self.probes.recent), self.config
-        )
-        self.selections[layer] = selection
-        return sparse_prefill_attention(query, key, value, selection.kept, scale, self.kernel)
+        kept = self.selector.select(layer, batch, query, key, scale)
+        assert kept is not None
+        return sparse_prefill_attention(query, key, value, kept, scale, self.kernel, batch.rows)
 
     def masks(self) -> torch.Tensor:
         """What the cache keeps at high precision of the tokens that are compressed, by layer."""
-        selections = [selection for selection in self.selections if selection is not None]
-        kept = cap_selections(selections, len(self.probes.recent), self.config.max_kept)
-        return torch.stack([mask[: self.end] for mask in kept])
+        return self.batch.masks[:, : self.end]
+
+    def moves(self, slot: int, heap_block_ids: list[int]) -> Moves:
+        """All of them into a slot's pages."""
+        return moves_of(slot, self.block_ids, self.end, heap_block_ids)
 
     def num_pages(self, masks: torch.Tensor) -> int:
         """That its compressed tokens fill."""
@@ -114,7 +113,4 @@ class Compressor:
     def run(self) -> None:
         prompt, heap = self.prompt, self.heap
         heap.reset(0)
-        masks = prompt.masks()
-        heap.move(
-            0, prompt.kv_caches, prompt.block_ids, masks, self.block_ids, takes_norms=True
-        )  # fmt: skip
+        heap.move(prompt.moves(0, self.block_ids), prompt.kv_caches, prompt.masks())

@@ -8,13 +8,15 @@ from attention_cases import DTYPE
 from whole_model_prompt import Prompt, layers_of, new_memory
 
 from vllm_zipvl.backend.tail import TailProbes
-from vllm_zipvl.cache.heap import HeapTables, PageHeap
+from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv
 from vllm_zipvl.core.selection import num_to_keep, top_mask
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import table_to_device, to_device
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
-from vllm_zipvl.ops.transfer import to_device
+from vllm_zipvl.ops.tail_scores import tail_scores
 
 
 def interval_of(config: ZipVLConfig, geometry: PageGeometry) -> int:
@@ -59,10 +61,8 @@ class ZipVLRequests:
         self._take_memory(num_requests, num_steps)
         self.slots = torch.arange(num_requests, dtype=torch.int32)
         device = self.slots.device
-        shape = (num_requests, self.layer.num_heads, self.layer.head_size)
-        self.tail_probes = [
-            TailProbes(shape, self.layer.scale, DTYPE, device) for _ in range(self.num_layers)
-        ]
+        shape = (self.num_layers, num_requests, self.layer.num_heads, self.layer.head_size)
+        self.tail_probes = TailProbes(shape, DTYPE, device)
         extra = self.interval if in_turn else 0
         first = prompt.num_tokens
         self.lens_of_prompts = [first + i * extra // num_requests for i in range(num_requests)]
@@ -91,15 +91,15 @@ class ZipVLRequests:
         """Compress the prompt for every request, and give every tail its last tokens."""
         prompt, block_size, masks = self.prompt, self.geometry.block_size, self.prompt.masks()
         for slot, blocks in enumerate(self.heap_block_ids):
-            num_pages = self.heap.move(
-                slot, prompt.kv_caches, prompt.block_ids, masks, blocks, takes_norms=True
-            )
+            num_pages = self.heap.move(prompt.moves(slot, blocks), prompt.kv_caches, masks)
             assert int(num_pages) == self.num_pages
         self.counts = self.heap.tables.page_counts.clone()
         tail = torch.arange(prompt.end, prompt.num_tokens, device=masks.device)
         slots = self.block_table[:, tail // block_size].long() * block_size + tail % block_size
+        own_blocks = prompt.block_ids[None, prompt.end // block_size :]
+        rest = Sequences([len(tail)], masks.device)
         for kv_cache, source in zip(self.kv_caches, prompt.kv_caches, strict=True):
-            kv = gather_kv(source, prompt.block_ids, prompt.end, prompt.num_tokens)
+            kv = gather_kv(source, own_blocks, rest)
             key, value = kv.repeat(len(slots), 1, 1).chunk(2, dim=-1)
             store_kv(key, value, kv_cache, slots.flatten())
         self.rewind()
@@ -111,7 +111,7 @@ class ZipVLRequests:
         self.lens.copy_(torch.tensor(self.lens_of_prompts, device="cpu"))
         self.lens_on_host = list(self.lens_of_prompts)
         self.ends = [self.prompt.end] * len(self.lens)
-        self.first_pages: list[int | torch.Tensor] = [self.num_pages] * len(self.lens)
+        self.first_pages = torch.full_like(self.lens, self.num_pages, dtype=torch.int64)
 
     def begin(self) -> None:
         """Resolve the batch of a step; captured with it."""
@@ -134,30 +134,40 @@ class ZipVLRequests:
         )  # fmt: skip
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = decode_attention(query, context, self.rows, self.layer.scale, out)
-        self.tail_probes[layer].note(self.slots, query, lse)
+        self.tail_probes.note(layer, self.slots, query, lse)
         return out
 
     def after(self) -> None:
         """Compress the tails that are due after a step."""
+        due = []
         for i in range(len(self.ends)):
             self.lens_on_host[i] += 1
             if self.lens_on_host[i] >= self.ends[i] + self.config.residual + self.interval:
-                self._compress_tail(i)
+                due.append(i)
+        if due:
+            self._compress_tails(due)
 
-    def _compress_tail(self, request: int) -> None:
-        start, num_tokens = self.ends[request], self.interval
-        first = start // self.geometry.block_size
-        dense = self.tables[request][first : first + num_tokens // self.geometry.block_size]
-        masks = [self._kept_of_tail(i, request, dense) for i in range(self.num_layers)]
-        block_ids = to_device(dense, self.lens.device)
-        self.first_pages[request] = self.heap.move(
-            request, self.kv_caches, block_ids, torch.stack(masks),
-            self.heap_block_ids[request], self.first_pages[request], takes_norms=False,
-        )  # fmt: skip
-        self.ends[request] += num_tokens
-
-    def _kept_of_tail(self, layer: int, request: int, dense: list[int]) -> torch.Tensor:
-        block_ids = to_device(dense, self.lens.device)
-        kv = gather_kv(self.kv_caches[layer], block_ids, 0, self.interval)
-        mass = self.tail_probes[layer].mass(request, kv[..., : self.geometry.head_size])
-        return top_mask(mass, num_to_keep(mass, self.config))
+    def _compress_tails(self, requests: list[int]) -> None:
+        block_size, device = self.geometry.block_size, self.lens.device
+        slots = to_device(requests, device)
+        tails = Sequences([self.interval] * len(requests), device)
+        firsts = [self.ends[i] // block_size for i in requests]
+        dense = [
+            self.tables[i][first : first + self.interval // block_size]
+            for i, first in zip(requests, firsts, strict=True)
+        ]
+        table = table_to_device(dense, device)
+        queries, lse = self.tail_probes.queries[:, slots], self.tail_probes.lse[:, slots]
+        mass = tail_scores(queries, lse, self.kv_caches, table, tails, self.layer.scale)
+        moves = Moves(
+            slots=slots,
+            block_table=table,
+            contexts=tails,
+            heap_block_ids=[self.heap_block_ids[i] for i in requests],
+            first_pages=self.first_pages[slots],
+            is_first=[False] * len(requests),
+        )
+        kept = top_mask(mass, num_to_keep(mass, self.config, tails), tails)
+        self.first_pages[slots] = self.heap.move(moves, self.kv_caches, kept)
+        for i in requests:
+            self.ends[i] += self.interval

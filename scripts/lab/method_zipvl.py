@@ -102,35 +102,33 @@ class ZipVL:
         full = geometry.token_head_bytes(UNQUANTISED)
         high, low = (geometry.token_head_bytes(bits) for bits in geometry.bits)
         masks = cache.prompt_masks()
-        kept = sum(int(mask[:end].sum()) for mask in masks) / len(masks)
+        kept = int(masks[:, :end].sum()) / len(masks)
         total = kept * high + (end - kept) * low + (num_tokens - end) * full
         return total / (num_tokens * full)
 
 
 def by_raw_scores(
-    mass: torch.Tensor, num_visible: torch.Tensor, num_recent: int, config: ZipVLConfig
+    mass: torch.Tensor, num_visible: torch.Tensor, is_recent: torch.Tensor, config: ZipVLConfig
 ) -> Selection:
     """The choice by mass itself, which favours early tokens: more probes see them."""
-    return select(mass, torch.ones_like(num_visible), num_recent, config)
+    return select(mass, torch.ones_like(num_visible), is_recent, config)
 
 
 def at_random(
-    mass: torch.Tensor, num_visible: torch.Tensor, num_recent: int, config: ZipVLConfig
+    mass: torch.Tensor, num_visible: torch.Tensor, is_recent: torch.Tensor, config: ZipVLConfig
 ) -> Selection:
     """As many tokens as the count rule asks for, whichever; others in each layer and question."""
     num = num_to_keep(mass, config)
     generator = torch.Generator().manual_seed(zlib.crc32(mass.numpy().tobytes()))
     scores = torch.rand(len(mass), generator=generator)
-    kept = top_mask(scores, num)
-    kept[len(mass) - num_recent :] = True
-    return Selection(kept, scores, num)
+    return Selection(top_mask(scores, num) | is_recent, scores, num)
 
 
 def nothing(
-    mass: torch.Tensor, num_visible: torch.Tensor, num_recent: int, config: ZipVLConfig
+    mass: torch.Tensor, num_visible: torch.Tensor, is_recent: torch.Tensor, config: ZipVLConfig
 ) -> Selection:
     """Everything is stored at the low precision."""
-    return Selection(torch.zeros(len(mass), dtype=torch.bool), mass, torch.tensor(0))
+    return Selection(torch.zeros(len(mass), dtype=torch.bool), mass, torch.tensor([0]))
 
 
 def _with_text(choose: Choose, is_image: torch.Tensor) -> Choose:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ class Engine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **zipvl: Any) -> None:
         config: Any = SimpleNamespace(
             additional_config={"zipvl": zipvl},
-            scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS),
+            scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS, max_num_batched_tokens=48),
             compilation_config=SimpleNamespace(static_forward_context={}),
             parallel_config=None,
             model_config=SimpleNamespace(
@@ -47,14 +48,14 @@ class Engine:
         rules = CacheRules.of_layers(config, *shape, torch.float32)
         blocks = torch.randn(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
         self.kv_caches = dict(zip(self.layers, blocks.unbind(1), strict=True))
-        self.worker = ZipVLWorker(rules, lambda mass: mass)
-        impls = [layer.impl for layer in self.layers.values()]
-        self.worker.register(self.kv_caches, impls[0].tables, [x.tail_probes for x in impls])
+        self.worker = ZipVLWorker(rules, lambda mass: mass, 64)
+        self.probes = layer.impl.tail_probes
+        self.worker.register(self.kv_caches, layer.impl.tables, self.probes, SCALE)
         monkeypatch.setattr(impl_module, "_worker", lambda: self.worker)
 
     def forward(self, num_queries: int, seq_lens: list[int]) -> torch.Tensor:
         """The second layer, rows of as many queries each, all of them in block 1."""
-        starts = num_queries * torch.arange(len(seq_lens) + 1, dtype=torch.int32)
+        starts = num_queries * np.arange(len(seq_lens) + 1, dtype=np.int32)
         table = torch.ones(len(seq_lens), 4, dtype=torch.int32)
         num_tokens = num_queries * len(seq_lens)
         lengths = torch.tensor(seq_lens, dtype=torch.int32)
@@ -74,21 +75,29 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def test_layers_share_one_set_of_tables(engine: Engine) -> None:
-    tables = {id(layer.impl.tables) for layer in engine.layers.values()}
-    assert tables == {id(engine.worker.heap.tables)}
+    impls = [layer.impl for layer in engine.layers.values()]
+    assert {id(impl.tables) for impl in impls} == {id(engine.worker.heap.tables)}
+    assert {id(impl.tail_probes) for impl in impls} == {id(engine.probes)}
+    assert engine.probes.queries.shape == (NUM_LAYERS, NUM_SLOTS + 1, NUM_HEADS, HEAD_SIZE)
     assert engine.worker.nobody == NOBODY
     assert engine.worker.heap.tables.page_counts.shape == (NUM_LAYERS, NUM_SLOTS + 1, 2)
+
+
+def test_layers_of_different_scales_are_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=f"a layer of softmax scale 0.5 beside one of {SCALE}"):
+        ZipVLAttentionImpl(NUM_HEADS, HEAD_SIZE, 0.5, NUM_KV_HEADS)
 
 
 def test_single_queries_between_steps_do_what_a_graph_captures(engine: Engine) -> None:
     engine.worker.begin_step(StepPlan())
     engine.worker.end_step()
-    probes = engine.layers["layers.1"].impl.tail_probes
-    probes.queries[NOBODY] = torch.nan
+    queries = engine.probes.queries
+    queries[:, NOBODY] = torch.nan
     out = engine.forward(1, [64, 64])
     # Nobody's rows attend to nothing, and their queries are noted.
     assert not out.any()
-    assert torch.equal(probes.queries[NOBODY], engine.query[-1])
+    assert torch.equal(queries[1, NOBODY], engine.query[-1])
+    assert queries[0, NOBODY].isnan().all()
 
 
 @pytest.mark.parametrize("is_planned", [True, False])
@@ -104,13 +113,12 @@ def test_a_profiling_run_takes_the_memory_of_the_longest_prompt(
     out = torch.full_like(query, torch.nan)
     assert not layer.impl.forward(layer, query, query, query, out, None, out).any()
     context = 64 * NUM_KV_HEADS * 2 * HEAD_SIZE
-    assert taken == ([] if is_planned else [3 * context + 2 * query.numel()])
+    assert taken == ([] if is_planned else [2 * context + 2 * query.numel()])
 
 
 def test_other_runs_between_steps_give_zeros(engine: Engine) -> None:
-    probes = engine.layers["layers.1"].impl.tail_probes
     assert not engine.forward(2, [16, 16]).any()
-    assert not probes.queries.any()
+    assert not engine.probes.queries.any()
 
 
 def test_a_new_request_also_empties_what_is_nobodys(engine: Engine) -> None:

@@ -5,30 +5,33 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_zipvl.backend.prompts import ProbeQueries, PromptSelector
+from vllm_zipvl.backend.prompts import PromptSelector
 from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.sequences import Sequences
 
 NUM_TOKENS, NUM_LAYERS, SLOT = 1000, 2, 3
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 32
 SCALE = HEAD_SIZE**-0.5
 NUM_PLANTED = 150
 RECENT = 64
+MAX_TOKENS = 2 * NUM_TOKENS
+CPU = torch.device("cpu")
 
 
 def make_selector(**settings: Any) -> PromptSelector:
     geometry = PageGeometry(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, 4, 16, 4, 2)
     config = ZipVLConfig(**{"ratio": NUM_PLANTED / NUM_TOKENS, **settings})
-    return PromptSelector(CacheRules(config, geometry), lambda mass: mass)
+    return PromptSelector(CacheRules(config, geometry), lambda mass: mass, MAX_TOKENS)
 
 
 class Prompt:
     """Queries that look in one direction, and some keys of each layer that point there."""
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
         direction = torch.randn(HEAD_SIZE, generator=generator)
         direction /= direction.norm()
         shape = (NUM_LAYERS, NUM_TOKENS)
@@ -42,18 +45,45 @@ class Prompt:
             self.planted[layer, places] = True
             self.keys[layer, places] += 2 * direction
 
-    def run(self, selector: PromptSelector, chunk_size: int) -> None:
+    def run(self, selector: PromptSelector, chunk_size: int, slot: int = SLOT) -> None:
         for start in range(0, NUM_TOKENS, chunk_size):
-            end = min(start + chunk_size, NUM_TOKENS)
-            chunk = ChunkPlan("r", SLOT, 7, start, end, end == NUM_TOKENS, False)
-            for layer in range(NUM_LAYERS):
-                query, key = self.queries[layer, start:end], self.keys[layer, :end]
-                selector.select(layer, chunk, query, key, SCALE)
-            selector.finish_chunk(chunk)
+            run_chunks(selector, [(self, chunk_plan(start, start + chunk_size, slot))])
 
-    def masks(self, selector: PromptSelector, chunk_size: int = NUM_TOKENS) -> torch.Tensor:
-        self.run(selector, chunk_size)
-        return torch.stack(selector.take_masks(SLOT, NUM_LAYERS, lambda layer: self.keys[layer]))
+    def masks(
+        self, selector: PromptSelector, chunk_size: int = NUM_TOKENS, slot: int = SLOT
+    ) -> torch.Tensor:
+        self.run(selector, chunk_size, slot)
+        return take_masks(selector, {slot: self})[slot]
+
+
+def chunk_plan(start: int, end: int, slot: int = SLOT, attends_densely: bool = False) -> ChunkPlan:
+    end = min(end, NUM_TOKENS)
+    return ChunkPlan(f"r{slot}", slot, 7, start, end, end == NUM_TOKENS, attends_densely)
+
+
+def run_chunks(selector: PromptSelector, chunks: list[tuple[Prompt, ChunkPlan]]) -> None:
+    """One step."""
+    prompts = {chunk.slot: prompt for prompt, chunk in chunks}
+    for batch in selector.batches([chunk for _, chunk in chunks], CPU):
+        own = [(prompts[chunk.slot], chunk) for chunk in batch.chunks]
+        for layer in range(NUM_LAYERS):
+            query = torch.cat([prompt.queries[layer, c.start : c.end] for prompt, c in own])
+            key = torch.cat([prompt.keys[layer, : c.end] for prompt, c in own])
+            selector.select(layer, batch, query, key, SCALE)
+    for _, chunk in chunks:
+        selector.finish_chunk(chunk)
+
+
+def take_masks(selector: PromptSelector, prompts: dict[int, Prompt]) -> dict[int, torch.Tensor]:
+    """Of prompts that are compressed at once, by slot."""
+
+    def keys(slots: list[int], contexts: Sequences) -> Any:
+        assert contexts.lengths == (NUM_TOKENS,) * len(slots)
+        assert contexts.num_tokens <= MAX_TOKENS
+        return lambda layer: torch.cat([prompts[slot].keys[layer] for slot in slots])
+
+    selector.choose_waiting(list(prompts), keys, SCALE)
+    return {slot: selector.take_masks(slot, NUM_LAYERS, CPU) for slot in prompts}
 
 
 @pytest.mark.parametrize("chunk_size", [1000, 600, 256])
@@ -84,22 +114,38 @@ def test_waiting_probes_choose_what_they_would_have_chosen_at_once(chunk_size: i
 def test_a_last_chunk_of_one_token_chooses_as_if_selected_at_once() -> None:
     prompt, at_once, single = Prompt(), make_selector(), make_selector()
     expected = prompt.masks(at_once, NUM_TOKENS - 1)
-    last, select = NUM_TOKENS - 1, single.select
+    last = NUM_TOKENS - 1
+    run_chunks(single, [(prompt, chunk_plan(0, last))])
+    single.take_single(chunk_plan(last, NUM_TOKENS), prompt.queries[:, last])
+    single.finish_chunk(chunk_plan(last, NUM_TOKENS))
+    assert torch.equal(take_masks(single, {SLOT: prompt})[SLOT], expected)
 
-    def select_most(layer: int, chunk: ChunkPlan, *rest: Any) -> Any:
-        return None if chunk.is_single_token else select(layer, chunk, *rest)
 
-    single.select = select_most
-    prompt.run(single, NUM_TOKENS - 1)
-    chunk = ChunkPlan("r", SLOT, 7, last, NUM_TOKENS, True, False)
-    single.take_single(chunk, (ProbeQueries(x[last:], SCALE) for x in prompt.queries))
-    masks = single.take_masks(SLOT, NUM_LAYERS, lambda layer: prompt.keys[layer])
-    assert torch.equal(torch.stack(masks), expected)
+def test_prompts_of_a_step_choose_as_each_alone() -> None:
+    """Whole ones, later chunks and dense ones side by side, more than fit into a batch."""
+    settings = {"ratio": None, "tau": 0.9, "min_tokens": 500}
+    prompts, selector = {slot: Prompt(slot) for slot in range(5)}, make_selector(**settings)
+    begun = [(prompts[0], chunk_plan(0, 300, 0)), (prompts[3], chunk_plan(0, 600, 3))]
+    run_chunks(selector, begun)
+    whole = [(prompts[slot], chunk_plan(0, NUM_TOKENS, slot)) for slot in (1, 2)]
+    dense = [(prompts[4], chunk_plan(0, NUM_TOKENS, 4, attends_densely=True))]
+    late = [(prompts[0], chunk_plan(300, NUM_TOKENS, 0)), (prompts[3], chunk_plan(600, 900, 3))]
+    run_chunks(selector, whole + dense + late)
+    run_chunks(selector, [(prompts[3], chunk_plan(900, NUM_TOKENS, 3))])
+    masks = take_masks(selector, prompts)
+
+    for slot, cuts in ((0, [0, 300]), (1, [0]), (2, [0]), (3, [0, 600, 900])):
+        alone = make_selector(**settings)
+        for start, end in zip(cuts, [*cuts[1:], NUM_TOKENS], strict=True):
+            run_chunks(alone, [(prompts[slot], chunk_plan(start, end, slot))])
+        assert torch.equal(masks[slot], take_masks(alone, {slot: prompts[slot]})[slot])
+    assert torch.equal(masks[4], prompts[4].masks(make_selector(**settings), slot=4))
+    assert not torch.equal(masks[1], masks[2])
 
 
 def test_dense_prompts_are_not_probed_before_their_first_token() -> None:
     selector, prompt = make_selector(sparse_prefill=False), Prompt()
-    selector._choose = None
+    selector._accumulate_mass = None
     prompt.run(selector, NUM_TOKENS)
 
 
@@ -111,9 +157,9 @@ def test_a_prompt_that_is_not_compressed_leaves_nothing() -> None:
 
 def test_a_prompt_too_short_to_be_compressed_is_not_probed() -> None:
     selector = make_selector()
-    chunk = ChunkPlan("r", SLOT, 7, 0, 40, True, False)
+    (batch,) = selector.batches([ChunkPlan("r", SLOT, 7, 0, 40, True, False)], CPU)
     query, key = torch.randn(40, NUM_HEADS, HEAD_SIZE), torch.randn(40, NUM_KV_HEADS, HEAD_SIZE)
-    assert selector.select(0, chunk, query, key, SCALE) is None
+    assert selector.select(0, batch, query, key, SCALE) is None
     assert not selector._prompts
 
 

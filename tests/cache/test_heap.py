@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_cursor import PageCursor
 
-from vllm_zipvl.cache.heap import HeapTables, PageHeap
+from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, normalise_keys
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import table_to_device
 from vllm_zipvl.ops.page_codec import read_pages, write_pages
 
 NUM_SLOTS = 2
+CPU = torch.device("cpu")
 MAX_MODEL_LEN = 256
 NUM_EXAMPLES = 2 if os.environ.get("TRITON_INTERPRET") == "1" else 30
 # Permuted, with a gap, and without the null block.
@@ -76,6 +79,21 @@ def assert_holds(heap: PageHeap, layer: int, slot: int, precision: int, kv: torc
     assert torch.equal(read(heap, layer, slot, precision), expected)
 
 
+def make_moves(
+    num_tokens: dict[int, int],
+    blocks: list[list[int]],
+    first_pages: list[int],
+    is_first: bool = False,
+) -> Moves:
+    """Tokens by slot, in blocks of one token each, one slot's after another's."""
+    contexts = Sequences(list(num_tokens.values()), CPU)
+    table = table_to_device([range(own.start, own.stop) for own in contexts.slices()], CPU)
+    return Moves(
+        torch.tensor(list(num_tokens)), table, contexts, blocks, torch.tensor(first_pages),
+        [is_first] * len(num_tokens),
+    )  # fmt: skip
+
+
 def store(
     heap: PageHeap,
     slot: int,
@@ -87,10 +105,9 @@ def store(
 ) -> int:
     """Write tokens [layers, n, heads, 2 * head_size], some kept [layers, n]; pages in use after."""
     # Blocks of one token each.
-    caches, block_ids = list(kv[:, :, :, None]), torch.arange(kv.shape[1])
-    return int(
-        heap.move(slot, caches, block_ids, kept, blocks, first_page, takes_norms=takes_norms)
-    )
+    caches = list(kv[:, :, :, None])
+    moves = make_moves({slot: kv.shape[1]}, [blocks], [first_page], takes_norms)
+    return int(heap.move(moves, caches, kept))
 
 
 def make_kept(num_kept: list[int], num_tokens: int) -> torch.Tensor:
@@ -109,8 +126,9 @@ def test_pages_are_taken_in_the_order_of_the_cursor() -> None:
     held = [[[], []], [[], []]]
     counts = torch.zeros(2, 2, dtype=torch.int32)
     for new in ([[30, 5], [0, 41]], [[1, 0], [17, 3]], [[0, 0], [0, 0]], [[2, 50], [9, 9]]):
-        before, num_pages = heap.take_pages(1, torch.tensor(new).int(), BLOCK_IDS, first)
-        assert torch.equal(before, counts)
+        moves = make_moves({1: 60}, [BLOCK_IDS], [first])
+        before, num_pages = heap.take_pages(moves, torch.tensor(new).int()[:, None])
+        assert torch.equal(before[:, 0], counts)
         counts += torch.tensor(new).int()
         for layer, precision in ((0, 0), (0, 1), (1, 0), (1, 1)):
             bits, pages = geometry.bits[precision], held[layer][precision]
@@ -132,8 +150,9 @@ def test_pages_are_taken_in_the_order_of_the_cursor() -> None:
 def test_too_small_a_reserve_shows_in_the_count() -> None:
     geometry = make_geometry()
     heap = make_heap(geometry)
-    new = torch.full((2, 2), 60, dtype=torch.int32)
-    _, num_pages = heap.take_pages(0, new, [5], geometry.pages_per_block - 1)
+    new = torch.full((2, 1, 2), 60, dtype=torch.int32)
+    moves = make_moves({0: 120}, [[5]], [geometry.pages_per_block - 1])
+    _, num_pages = heap.take_pages(moves, new)
     assert int(num_pages) > geometry.pages_per_block
     table = heap.tables.page_table[:, 0]
     assert set((table[table > 0] // geometry.pages_per_block).tolist()) == {5}
@@ -156,6 +175,26 @@ def test_appending_in_parts_equals_appending_at_once(precision: int) -> None:
     for layer in range(2):
         for heap in (at_once, in_parts):
             assert_holds(heap, layer, 0, precision, kv[layer])
+
+
+def test_requests_moved_at_once_are_as_if_one_after_another() -> None:
+    """The first has pages already; the second takes its first."""
+    geometry = make_geometry()
+    kv = torch.stack([make_kv(geometry, 80, seed) for seed in range(2)])
+    kept = make_kept([30, 55], 80)
+    blocks = BLOCK_IDS[:8], BLOCK_IDS[8:]
+    at_once, in_turn = make_heap(geometry), make_heap(geometry)
+    first = [store(h, 0, kv[:, :20], kept[:, :20], blocks[0]) for h in (at_once, in_turn)][0]
+    moves = make_moves({0: 48, 1: 32}, list(blocks), [first, 0])
+    used = at_once.move(moves, list(kv[:, :, :, None]), kept)
+    expected = [
+        store(in_turn, 0, kv[:, :48], kept[:, :48], blocks[0], first),
+        store(in_turn, 1, kv[:, 48:], kept[:, 48:], blocks[1]),
+    ]
+    assert used.tolist() == expected
+    assert torch.equal(at_once.memory, in_turn.memory)
+    for name in ("page_table", "page_counts", "compressed_lens", "key_norms"):
+        assert torch.equal(getattr(at_once.tables, name), getattr(in_turn.tables, name)), name
 
 
 def test_evicted_tokens_take_no_page() -> None:

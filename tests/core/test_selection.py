@@ -6,12 +6,15 @@ from hypothesis import strategies as st
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.selection import (
     Selection,
-    cap_selections,
+    cap_selection,
     num_for_mass,
     num_to_keep,
+    recent_mask,
     select,
+    stack,
     top_mask,
 )
+from vllm_zipvl.core.sequences import Sequences
 
 MASSES = st.lists(st.integers(0, 50), min_size=1, max_size=60)
 
@@ -61,34 +64,40 @@ def test_among_equals_the_lower_position_is_kept() -> None:
 def test_count_comes_from_mass_and_identity_from_scores() -> None:
     mass = torch.tensor([6.0, 1.0, 2.0, 3.0])
     num_visible = torch.tensor([12, 4, 2, 1])
-    selection = select(mass, num_visible, 1, ZipVLConfig(tau=0.7))
+    selection = select(mass, num_visible, torch.arange(4) >= 3, ZipVLConfig(tau=0.7))
     assert selection.num_by_score == 2
     assert selection.kept.tolist() == [False, False, True, True]
     assert torch.equal(selection.scores, torch.tensor([0.5, 0.25, 1.0, 3.0]))
 
 
 def test_recent_positions_are_kept_beyond_the_count() -> None:
-    selection = select(torch.tensor([9.0, 1, 1, 1]), torch.ones(4), 2, ZipVLConfig(ratio=0.25))
+    is_recent = recent_mask(2, 4, torch.device("cpu"))
+    mass = torch.tensor([9.0, 1, 1, 1])
+    selection = select(mass, torch.ones(4), is_recent, ZipVLConfig(ratio=0.25))
     assert selection.num_by_score == 1
     assert selection.kept.tolist() == [True, False, True, True]
 
 
-def make_selection(scores: torch.Tensor, num: int, num_recent: int) -> Selection:
-    kept = top_mask(scores, num)
-    kept[len(scores) - num_recent :] = True
-    return Selection(kept, scores, torch.tensor(num))
+def make_selection(scores: torch.Tensor, nums: list[int], is_recent: torch.Tensor) -> Selection:
+    """Of one context, a row of `scores` for each layer."""
+    wanted = torch.tensor(nums)[:, None]
+    return Selection(top_mask(scores, wanted) | is_recent, scores, wanted)
+
+
+def recent(num_recent: int, num_tokens: int) -> torch.Tensor:
+    return recent_mask(num_recent, num_tokens, torch.device("cpu"))
 
 
 def test_a_cap_that_holds_changes_nothing() -> None:
-    selections = [make_selection(torch.rand(20), num, 2) for num in (3, 5)]
-    masks = cap_selections(selections, 2, 0.9)
-    assert all(torch.equal(m, s.kept) for m, s in zip(masks, selections, strict=True))
+    selection = make_selection(torch.rand(2, 20), [3, 5], recent(2, 20))
+    assert torch.equal(cap_selection(selection, recent(2, 20), 0.9), selection.kept)
 
 
 def test_a_cap_scales_every_layer_by_the_same_factor() -> None:
-    scores = torch.arange(100, 0, -1).float()
-    masks = cap_selections([make_selection(scores, num, 0) for num in (80, 40)], 0, 0.3)
-    assert [int(mask.sum()) for mask in masks] == [40, 20]
+    scores = torch.arange(100, 0, -1).float().repeat(2, 1)
+    selection = make_selection(scores, [80, 40], recent(0, 100))
+    masks = cap_selection(selection, recent(0, 100), 0.3)
+    assert masks.sum(1).tolist() == [40, 20]
     assert masks[0][:40].all()
 
 
@@ -97,10 +106,32 @@ def test_capped_sets_shrink_and_keep_recent_ones(
     nums: list[int], num_recent: int, max_kept: float
 ) -> None:
     generator = torch.Generator().manual_seed(len(nums))
-    selections = [make_selection(torch.rand(50, generator=generator), n, num_recent) for n in nums]
-    masks = cap_selections(selections, num_recent, max_kept)
-    for mask, selection in zip(masks, selections, strict=True):
-        assert not (mask & ~selection.kept).any()
-        assert mask[50 - num_recent :].all()
+    scores, is_recent = torch.rand(len(nums), 50, generator=generator), recent(num_recent, 50)
+    selection = make_selection(scores, nums, is_recent)
+    masks = cap_selection(selection, is_recent, max_kept)
+    assert not (masks & ~selection.kept).any()
+    assert masks[:, is_recent].all()
     excess = len(nums) * num_recent
-    assert sum(int(mask.sum()) for mask in masks) <= max_kept * 50 * len(nums) + excess
+    assert int(masks.sum()) <= max_kept * 50 * len(nums) + excess
+
+
+@pytest.mark.parametrize("settings", [{"tau": 0.7}, {"tau": 1.0}, {"ratio": 0.4}], ids=str)
+@pytest.mark.parametrize("max_kept", [1.0, 0.3])
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_contexts_side_by_side_choose_as_each_alone(
+    max_kept: float, settings: dict[str, float], lengths: list[int], seed: int
+) -> None:
+    """Three layers; scores tie."""
+    generator, config = torch.Generator().manual_seed(seed), ZipVLConfig(**settings)
+    num_tokens = sum(lengths)
+    mass = torch.randint(0, 9, (3, num_tokens), generator=generator).float()
+    num_visible = torch.randint(1, 4, (num_tokens,), generator=generator)
+    is_recent = torch.cat([recent(2, length) for length in lengths])
+    contexts = Sequences(lengths, torch.device("cpu"))
+    together = stack(select(x, num_visible, is_recent, config, contexts) for x in mass)
+    capped = cap_selection(together, is_recent, max_kept, contexts)
+    for place, own in enumerate(contexts.slices()):
+        alone = stack(select(x[own], num_visible[own], is_recent[own], config) for x in mass)
+        assert torch.equal(together.kept[:, own], alone.kept)
+        assert torch.equal(together.num_by_score[:, place, None], alone.num_by_score)
+        assert torch.equal(capped[:, own], cap_selection(alone, is_recent[own], max_kept))

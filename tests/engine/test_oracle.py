@@ -136,41 +136,46 @@ class Recorder:
 
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self.kept: dict[str, dict[Event, torch.Tensor]] = {}
-        select, choose = PromptSelector.select, PromptSelector._choose
+        batches, choose = PromptSelector.batches, PromptSelector._choose
         take_single = PromptSelector.take_single
-        kept_of_prompt = ZipVLWorker._kept_of_prompt
-        kept_of_tail_layer = ZipVLWorker._kept_of_tail_layer
+        kept_of_prompts = ZipVLWorker._kept_of_prompts
+        kept_of_tails = ZipVLWorker._kept_of_tails
 
-        def noting_select(selector, layer, chunk, *args):
-            if layer == 0:
+        def noting_batches(selector, chunks, *args):
+            for chunk in chunks:
                 self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
-            return select(selector, layer, chunk, *args)
+            return batches(selector, chunks, *args)
 
         def noting_single(selector, chunk, *args):
             self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
             return take_single(selector, chunk, *args)
 
-        def noting_choose(selector, prompt, layer, *args):
-            selection, chunk = choose(selector, prompt, layer, *args), prompt.chunk
-            self._note(chunk.request_id, Event("chunk", chunk.end, layer), selection.kept)
-            return selection
+        def noting_choose(selector, batch, layer, *args):
+            choose(selector, batch, layer, *args)
+            kept = batch.selections[layer].kept.split(batch.rows.contexts.lengths)
+            for chunk, mask in zip(batch.chunks, kept, strict=True):
+                self._note(chunk.request_id, Event("chunk", chunk.end, layer), mask)
 
-        def noting_kept_of_prompt(worker, plan, *args):
-            masks = kept_of_prompt(worker, plan, *args)
-            for layer, mask in enumerate(masks):
-                self._note(plan.request_id, Event("prompt", plan.end, layer), mask)
+        def noting_kept_of_prompts(worker, plans):
+            masks = kept_of_prompts(worker, plans)
+            self._note_plans("prompt", plans, masks)
             return masks
 
-        def noting_kept_of_tail_layer(worker, plan, layer, *args):
-            mask = kept_of_tail_layer(worker, plan, layer, *args)
-            self._note(plan.request_id, Event("tail", plan.end, layer), mask)
-            return mask
+        def noting_kept_of_tails(worker, plans):
+            masks = kept_of_tails(worker, plans)
+            self._note_plans("tail", plans, masks)
+            return masks
 
-        monkeypatch.setattr(PromptSelector, "select", noting_select)
+        monkeypatch.setattr(PromptSelector, "batches", noting_batches)
         monkeypatch.setattr(PromptSelector, "take_single", noting_single)
         monkeypatch.setattr(PromptSelector, "_choose", noting_choose)
-        monkeypatch.setattr(ZipVLWorker, "_kept_of_prompt", noting_kept_of_prompt)
-        monkeypatch.setattr(ZipVLWorker, "_kept_of_tail_layer", noting_kept_of_tail_layer)
+        monkeypatch.setattr(ZipVLWorker, "_kept_of_prompts", noting_kept_of_prompts)
+        monkeypatch.setattr(ZipVLWorker, "_kept_of_tails", noting_kept_of_tails)
+
+    def _note_plans(self, kind: str, plans: Any, masks: Any) -> None:
+        for plan, layers in zip(plans, masks, strict=True):
+            for layer, mask in enumerate(layers):
+                self._note(plan.request_id, Event(kind, plan.end, layer), mask)
 
     def _note(self, request_id: str, event: Event, kept: torch.Tensor) -> None:
         self.kept.setdefault(request_id, {})[event] = kept.clone()

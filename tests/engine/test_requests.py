@@ -181,4 +181,4 @@ def test_structured_output(llm):
 def test_a_second_engine_in_this_process_is_refused(llm):
     """vLLM would hand it the first one's connector, and its answers would be wrong."""
     with pytest.raises(RuntimeError, match="one engine at a time in a process"):
-        worker_of().register({}, None, [])
+        worker_of().register({}, None, None, 1.0)

@@ -15,6 +15,9 @@ from test_decode_attention import ROWS, make_case
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm
+from vllm_zipvl.core.sequences import Chunks, Sequences
+from vllm_zipvl.ops.page_codec import PageTables
+from vllm_zipvl.ops.probe_scores import ProbePlaces
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(IN_TRITON, reason="the kernels run here, in the other tests")
@@ -27,8 +30,15 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What a block may use, by compute capability (CUDA programming guide)."""
 
-STACK_BYTES = 64
-"""A thread, sixteen registers: what spills beyond that is a kernel that does not fit."""
+STACK_BYTES = 80
+"""A thread, twenty registers: what spills beyond that is a kernel that does not fit."""
+
+
+CPU = torch.device("cpu")
+
+
+def one(num_tokens: int) -> Sequences:
+    return Sequences([num_tokens], CPU)
 
 
 class AbsentGPU(DriverBase):
@@ -101,21 +111,20 @@ def test_probe_scores(compiled, tmp_path) -> None:
     from vllm_zipvl.ops.probe_scores.triton import probe_scores
 
     queries, keys = torch.zeros(128, 28, 128), torch.zeros(256, 4, 256)[..., :128]
-    probe_scores(queries.bfloat16(), torch.arange(128), 64, keys.bfloat16(), 0.1)
+    places = ProbePlaces(torch.arange(128), torch.arange(128) < 64, one(128))
+    probe_scores(queries.bfloat16(), places, keys.bfloat16(), one(256), 0.1)
     check(compiled, 2, tmp_path)
 
 
 @pytest.mark.parametrize("head_size", [128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_prefill_attention(compiled, dtype, head_size, tmp_path) -> None:
-    from vllm_zipvl.ops.prefill_attention.triton import (
-        prefill_attention,
-        sparse_prefill_attention,
-    )
+    from vllm_zipvl.ops.prefill_attention.triton import attend_chunks
 
     query, kv = (torch.zeros(256, heads, head_size, dtype=dtype) for heads in (28, 4))
-    prefill_attention(query, kv, kv, 0.1)
-    sparse_prefill_attention(query, kv, kv, torch.ones(256, dtype=torch.bool), 0.1)
+    chunks = Chunks([200, 56], [200, 56], CPU)
+    for kept in (None, torch.ones(256, dtype=torch.bool)):
+        attend_chunks(query, kv, kv, chunks, kept, 0.1)
     check(compiled, 2, tmp_path)
     if dtype is torch.bfloat16:
         assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
@@ -127,7 +136,7 @@ def test_dense_blocks(compiled, tmp_path) -> None:
     kv_cache = torch.zeros(8, 4, 16, 256).bfloat16()
     key, value = torch.zeros(2, 64, 4, 128).bfloat16()
     store_kv(key, value, kv_cache, torch.arange(64))
-    gather_kv(kv_cache, torch.arange(8).int(), 16, 80)
+    gather_kv(kv_cache, torch.arange(8).int()[None], one(80))
     check(compiled, 2, tmp_path)
 
 
@@ -144,16 +153,27 @@ def test_page_codec(compiled, bits, tmp_path) -> None:
 
 
 def test_page_codec_of_all_layers(compiled, tmp_path) -> None:
-    from vllm_zipvl.ops.page_codec.api import PageTables
     from vllm_zipvl.ops.page_codec.triton import write_tokens
 
     geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
     heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
     caches = list(torch.zeros(2, 8, 4, 16, 256).bfloat16())
-    pages, before = torch.zeros(2, 32).int(), torch.zeros(2, 2).int()
-    tables = PageTables(heap, pages, before, torch.zeros(2, 2, 4, 128), geometry)
-    write_tokens(caches, torch.arange(4), torch.zeros(2, 64, dtype=torch.bool), tables)
-    check(compiled, 2, tmp_path)
+    pages, before = torch.zeros(2, 3, 32).int(), torch.zeros(2, 1, 2).int()
+    norms = torch.zeros(2, 3, 2, 4, 128)
+    tables = PageTables(heap, pages, torch.tensor([1]), before, norms, geometry)
+    kept = torch.zeros(2, 64, dtype=torch.bool)
+    write_tokens(caches, torch.arange(4)[None], one(64), kept, tables, [True])
+    check(compiled, 3, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tail_scores(compiled, dtype, tmp_path) -> None:
+    from vllm_zipvl.ops.tail_scores.triton import tail_scores
+
+    caches = list(torch.zeros(2, 8, 4, 16, 256).to(dtype))
+    queries, lse = torch.zeros(2, 1, 28, 128).to(dtype), torch.zeros(2, 1, 28)
+    tail_scores(queries, lse, caches, torch.arange(4)[None], one(64), 0.1)
+    check(compiled, 1, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernels import INTERPRETED, implementations
+from kernels import DEVICE, INTERPRETED, implementations
+
+from vllm_zipvl.core.sequences import Sequences
 
 BOTH = implementations("dense_blocks")
 BLOCK_SIZE, NUM_LAYERS, LAYER = 16, 3, 1
@@ -26,14 +28,16 @@ def test_gather_gives_back_what_was_stored(
     slots = (block_ids[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:num_tokens]
     implementation.store_kv(key, value, cache[:, LAYER], slots)
     expected = torch.cat([key, value], dim=-1)[:num_tokens]
-    for start, end in (
-        (0, num_tokens),
-        (num_tokens // 2, num_tokens),
-        (num_tokens // 3, num_tokens - 1),
-    ):
-        found = implementation.gather_kv(cache[:, LAYER], block_ids.int(), start, end)
-        assert found.is_contiguous()
-        assert torch.equal(found, expected[start:end])
+    # Two contexts in the same blocks, one of which ends within a block, and one without tokens.
+    lengths = [num_tokens, num_tokens // 2, 0]
+    table = block_ids.int().repeat(3, 1)
+    contexts = Sequences(lengths, torch.device(DEVICE))
+    found = implementation.gather_kv(cache[:, LAYER], table, contexts)
+    assert found.is_contiguous()
+    whole, half, none = found.split(lengths)
+    assert torch.equal(whole, expected)
+    assert torch.equal(half, expected[: num_tokens // 2])
+    assert none.shape == (0, 4, 32)
 
 
 @BOTH
@@ -55,5 +59,6 @@ def test_no_tokens(implementation: ModuleType) -> None:
     key, value = torch.randn(2, 2, 4, 16)
     implementation.store_kv(key, value, cache[:, 0], torch.empty(0).long())
     assert cache.isnan().all()
-    none = implementation.gather_kv(cache[:, 0], torch.tensor([1, 0]), 16, 16)
+    nobodys = Sequences([0], torch.device(DEVICE))
+    none = implementation.gather_kv(cache[:, 0], torch.tensor([[1, 0]]), nobodys)
     assert none.shape == (0, 4, 32)

@@ -16,6 +16,8 @@ from vllm_zipvl.core.quantization import (
     rotate,
     unpack,
 )
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import table_to_device
 from vllm_zipvl.ops.page_codec import (
     PageTables,
     read_pages,
@@ -151,40 +153,53 @@ def test_any_precision_has_a_codec(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [(4, 2), (8, 4), (16, 2), (4, 0), (16, 16)], ids=str)
 def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, int]) -> None:
-    """Twice, so that the second lot begins in partly full pages."""
-    num_layers, num_blocks, block_size = 3, 9, 16
+    """Of several requests; twice, so that the second lot begins in partly full pages."""
+    num_layers, num_blocks, block_size, num_slots = 3, 12, 16, 4
     geometry = PageGeometry(num_layers, 3, 64, 2, block_size, *bits)
     kv = torch.randn(num_blocks, num_layers, 3, block_size, 128).bfloat16()
     caches = list(kv.unbind(1))
     heap, expected = make_heap(geometry, 500), make_heap(geometry, 500)
-    pages = torch.randperm(450, dtype=torch.int32).view(num_layers, 150)
-    before = torch.zeros(num_layers, 2, dtype=torch.int32)
-    norms = torch.full((num_layers, 2, 3, 64), torch.nan)
-    for first, block_ids in ((True, [7, 2, 5]), (False, [8, 0])):
-        blocks = torch.tensor(block_ids)
-        kept = torch.rand(num_layers, len(block_ids) * block_size) < 0.4
-        tables = PageTables(heap, pages, before, norms, geometry)
-        write_tokens(caches, blocks, kept, tables, takes_norms=first)
-        for layer, mask in enumerate(kept):
-            tokens = caches[layer][blocks].transpose(1, 2).flatten(0, 1)
-            if first:
-                keys = tokens[..., :64].float()
-                mean, scale = keys.mean(0), keys.std(0, correction=0)
-                assert torch.allclose(norms[layer], torch.stack([mean, scale]), atol=2e-3)
-            norm = KeyNorm(*norms[layer])
-            for precision, part in enumerate((tokens[mask], tokens[~mask])):
-                if geometry.bits[precision] == 0:
-                    continue
-                capacity = geometry.layout(geometry.bits[precision]).capacity
-                start = int(before[layer, precision])
-                row = pages[layer] if precision == 0 else pages[layer].flip(0)
-                reference.write_pages(
-                    part, expected, row[start // capacity :][: len(part)], start % capacity,
-                    geometry.bits[precision], geometry, norm,
-                )  # fmt: skip
-        before += torch.stack([kept.sum(1), (~kept).sum(1)], dim=1).int()
+    pages = torch.randperm(500, dtype=torch.int32)[:480].view(num_layers, num_slots, 40)
+    before = torch.zeros(num_layers, num_slots, 2, dtype=torch.int32)
+    norms = torch.full((num_layers, num_slots, 2, 3, 64), torch.nan)
+    rounds = (
+        {2: ([7, 2, 5], True), 0: ([4], True)},
+        {3: ([1, 9], True), 2: ([8, 0], False), 0: ([11, 3, 6], False)},
+    )
+    for requests in rounds:
+        slots = list(requests)
+        block_ids = [blocks for blocks, _ in requests.values()]
+        is_first = [first for _, first in requests.values()]
+        lengths = [len(blocks) * block_size for blocks in block_ids]
+        contexts = Sequences(lengths, torch.device(DEVICE))
+        kept = torch.rand(num_layers, sum(lengths)) < 0.4
+        table = table_to_device(block_ids, torch.device(DEVICE))
+        tables = PageTables(heap, pages, torch.tensor(slots), before[:, slots], norms, geometry)
+        write_tokens(caches, table, contexts, kept, tables, is_first)
+        for row, (slot, mine) in enumerate(zip(slots, kept.split(lengths, dim=1), strict=True)):
+            for layer, mask in enumerate(mine):
+                tokens = caches[layer][block_ids[row]].transpose(1, 2).flatten(0, 1)
+                if is_first[row]:
+                    keys = tokens[..., :64].float()
+                    exact = torch.stack([keys.mean(0), keys.std(0, correction=0)])
+                    assert torch.allclose(norms[layer, slot], exact, atol=2e-3)
+                norm = KeyNorm(*norms[layer, slot])
+                for precision, part in enumerate((tokens[mask], tokens[~mask])):
+                    if geometry.bits[precision] == 0:
+                        continue
+                    capacity = geometry.layout(geometry.bits[precision]).capacity
+                    start = int(before[layer, slot, precision])
+                    own = pages[layer, slot]
+                    own = own if precision == 0 else own.flip(0)
+                    reference.write_pages(
+                        part, expected, own[start // capacity :][: len(part)], start % capacity,
+                        geometry.bits[precision], geometry, norm,
+                    )  # fmt: skip
+            before[:, slot] += torch.stack([mine.sum(1), (~mine).sum(1)], dim=1).int()
     assert_same(heap, expected, 255)
     assert not torch.equal(heap, make_heap(geometry, 500))
+    # Nobody's statistics are as they were.
+    assert norms[:, 1].isnan().all() and not norms[:, [0, 2, 3]].isnan().any()
 
 
 @pytest.mark.parametrize("codec", [own, reference], ids=name_of)

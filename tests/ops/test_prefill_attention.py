@@ -1,9 +1,11 @@
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
 import torch
 from kernels import DEVICE, IN_TRITON, INTERPRETED, name_of, numba_only, seed
 
+from vllm_zipvl.core.sequences import Chunks
 from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import (
     cpu,
@@ -51,7 +53,7 @@ def check(
     dtype = query.dtype
     if implementation in LIBRARIES and (why := implementation.why_not(DEVICE, dtype, 64)):
         pytest.skip(why)
-    out = implementation.prefill_attention(query, key, value, query.shape[-1] ** -0.5)
+    out = prefill_attention(query, key, value, query.shape[-1] ** -0.5, name_of(implementation))
     assert out.dtype == dtype
     exact = eager(query, key, value, torch.float64, torch.float64)
     same = eager(query, key, value, torch.float32, dtype).to(dtype)
@@ -86,7 +88,7 @@ def test_slices_of_a_fused_projection(
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     kv = torch.randn(num_tokens, 2, 64)
-    out = implementation.prefill_attention(torch.empty(0, 4, 64), kv, kv, 0.125)
+    out = prefill_attention(torch.empty(0, 4, 64), kv, kv, 0.125, name_of(implementation))
     assert out.shape == (0, 4, 64)
 
 
@@ -117,15 +119,48 @@ def test_libraries_attend_among_kept_tokens(shape: tuple[int, int], library: Mod
     check_kept(shape, torch.bfloat16, name_of(library))
 
 
+KERNELS = pytest.mark.parametrize("choice", ["auto", *map(name_of, LIBRARIES)])
+
+
+@KERNELS
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_chunks_side_by_side_are_as_each_alone(is_sparse: bool, choice: str) -> None:
+    """Whole prompts and later chunks, among them one query, and one of which nothing is kept."""
+    seed(0)
+    lengths = [(70, 70), (1, 1), (9, 100), (1, 33), (80, 150), (5, 40)]
+    num_queries, num_tokens = zip(*lengths, strict=True)
+    chunks = Chunks(num_queries, num_tokens, torch.device(DEVICE))
+    query = torch.randn(sum(num_queries), 6, 64).bfloat16()
+    key, value = torch.randn(2, sum(num_tokens), 2, 64).bfloat16()
+    kept = torch.rand(sum(num_tokens)) < 0.4
+    kept[-5:] = False
+    if is_sparse:
+        found = sparse_prefill_attention(query, key, value, kept, 0.125, choice, chunks)
+    else:
+        found = prefill_attention(query, key, value, 0.125, choice, chunks)
+    for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
+        q, k, v, mask = query[own], key[tokens], value[tokens], kept[tokens]
+        if is_sparse:
+            expected = sparse_prefill_attention(q, k, v, mask, 0.125, choice)
+        else:
+            expected = prefill_attention(q, k, v, 0.125, choice)
+        # A library may cut contexts elsewhere when there are several.
+        error = (found[own].float() - expected.float()).abs().max()
+        assert error <= torch.finfo(query.dtype).eps * value.abs().max()
+
+
 def varlen(  # type: ignore[no-untyped-def]
     query, key, value, *, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **bounds
 ) -> torch.Tensor:
-    """What FlashAttention does with one sequence: rows past its ends are left as they were."""
-    assert causal and bounds == {"max_seqlen_q": len(query), "max_seqlen_k": len(key)}
-    (first, m), (start, n) = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    assert first == start == 0
+    """What FlashAttention does: rows that belong to no sequence are left as they were."""
+    assert causal
     out = torch.full_like(query, torch.nan)
-    out[:m] = reference.prefill_attention(query[:m], key[:n], value[:n], softmax_scale)
+    for (first, m), (start, n) in zip(
+        pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
+    ):
+        assert m - first <= bounds["max_seqlen_q"] and n - start <= bounds["max_seqlen_k"]
+        own = query[first:m], key[start:n], value[start:n]
+        out[first:m] = reference.prefill_attention(*own, softmax_scale)
     return out
 
 
@@ -141,6 +176,8 @@ def test_what_flash_attention_is_asked(
     query, key = torch.randn(shape[0], 6, 64), torch.randn(shape[1], 2, 64)
     expected = reference.prefill_attention(query, key, key, 0.125)
     assert torch.equal(prefill_attention(query, key, key, 0.125, "flash_attn"), expected)
+    for is_sparse in (False, True):
+        test_chunks_side_by_side_are_as_each_alone(is_sparse, "flash_attn")
 
 
 def test_no_query_is_kept() -> None:

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from kernels import INTERPRETED, seed
+from kernels import DEVICE, INTERPRETED, seed
 
-from vllm_zipvl.ops.probe_scores import probe_scores
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 
 
 def truth(
@@ -17,6 +18,16 @@ def truth(
     return scores.masked_fill(hidden, float("-inf")).softmax(-1).sum(0)
 
 
+def lengths(*num_tokens: int) -> Sequences:
+    return Sequences(num_tokens, torch.device(DEVICE))
+
+
+def places(positions: torch.Tensor, num_random: int) -> ProbePlaces:
+    """Of one context, random ones first."""
+    is_random = torch.arange(len(positions)) < num_random
+    return ProbePlaces(positions, is_random, lengths(len(positions)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(28, 4), (8, 8), (32, 8)][: 2 if INTERPRETED else 3], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 63, 111, 300 if INTERPRETED else 1000])
@@ -27,7 +38,8 @@ def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch
     positions = torch.cat([random, recent])
     queries = torch.randn(len(positions), heads[0], 64).to(dtype)
     keys = torch.randn(num_tokens, heads[1], 64).to(dtype)
-    found = probe_scores(queries, positions, len(random), keys, 0.125)
+    probes = places(positions, len(random))
+    found = probe_scores(queries, probes, keys, lengths(num_tokens), 0.125)
     exact = truth(queries, positions, keys, 0.125, torch.float64)
     same = truth(queries, positions, keys, 0.125, torch.float32)
     for mass, part in (
@@ -41,10 +53,38 @@ def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch
         assert ((mass.double() - expected).abs() <= budget).all()
 
 
+def test_contexts_side_by_side_are_as_each_alone() -> None:
+    """Some longer than a tile, one with a single token, one without random probes."""
+    seed(0)
+    contexts, num_probes = (150, 1, 70, 9), (20, 1, 12, 5)
+    num_random = (12, 0, 3, 0)
+    queries = torch.randn(sum(num_probes), 6, 32)
+    keys = torch.randn(sum(contexts), 2, 32)
+    alone = [
+        places(torch.randperm(n)[:m].sort().values, r)
+        for n, m, r in zip(contexts, num_probes, num_random, strict=True)
+    ]
+    together = ProbePlaces(
+        torch.cat([one.positions for one in alone]),
+        torch.cat([one.is_random for one in alone]),
+        lengths(*num_probes),
+    )
+    found = probe_scores(queries, together, keys, lengths(*contexts), 0.2)
+    own = zip(
+        alone, queries.split(num_probes), keys.split(contexts),
+        found.random.split(contexts), found.recent.split(contexts), strict=True,
+    )  # fmt: skip
+    for probes, q, k, random, recent in own:
+        expected = probe_scores(q, probes, k, lengths(len(k)), 0.2)
+        assert torch.allclose(random, expected.random, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(recent, expected.recent, rtol=1e-5, atol=1e-6)
+
+
 def test_a_probe_sees_nothing_after_itself() -> None:
     keys = torch.full((100, 2, 16), 1e4)
     keys[:41] = torch.randn(41, 2, 16)
-    mass = probe_scores(torch.rand(2, 4, 16), torch.tensor([20, 40]), 1, keys, 0.25)
+    probes = places(torch.tensor([20, 40]), 1)
+    mass = probe_scores(torch.rand(2, 4, 16), probes, keys, lengths(100), 0.25)
     assert not mass.random[21:].any()
     assert not mass.recent[41:].any()
     assert torch.allclose(mass.random.sum(), torch.tensor(4.0))
@@ -52,4 +92,5 @@ def test_a_probe_sees_nothing_after_itself() -> None:
 
 def test_heads_must_share_kv_heads_evenly() -> None:
     with pytest.raises(ValueError, match="num_heads 6 must be a multiple of num_kv_heads 4"):
-        probe_scores(torch.rand(1, 6, 16), torch.tensor([0]), 0, torch.rand(1, 4, 16), 1.0)
+        probes = places(torch.tensor([0]), 0)
+        probe_scores(torch.rand(1, 6, 16), probes, torch.rand(1, 4, 16), lengths(1), 1.0)

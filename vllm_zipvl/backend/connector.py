@@ -35,7 +35,7 @@ from vllm_zipvl.backend.planner import StepPlanner
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.manager import ZipVLManager
 from vllm_zipvl.cache.messages import StepPlan, StepReport
-from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec, make_tables
+from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec, make_tables, max_gathered_tokens
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -72,7 +72,8 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
             (group,) = kv_cache_config.kv_cache_groups
             spec = group.kv_cache_spec
             assert isinstance(spec, ZipVLSpec)
-            self.worker = ZipVLWorker(CacheRules.of(spec, vllm_config), _sum_over_ranks)
+            rules, max_tokens = CacheRules.of(spec, vllm_config), max_gathered_tokens(vllm_config)
+            self.worker = ZipVLWorker(rules, _sum_over_ranks, max_tokens)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -84,12 +85,11 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.worker is not None
         layers = self._vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for name in kv_caches]
-        tail_probes = [impl.tail_probes for impl in impls if impl.tail_probes is not None]
         tables = impls[0].tables
         if tables is None:
             device = next(iter(kv_caches.values())).device
             tables = make_tables(self.worker.rules, self._vllm_config, device)
-        self.worker.register(kv_caches, tables, tail_probes)
+        self.worker.register(kv_caches, tables, impls[0].tail_probes, impls[0].scale)
         started = time.monotonic()
         max_rows = self._vllm_config.scheduler_config.max_num_seqs
         self.worker.warm_up(impls[0].num_heads, max_rows)
@@ -108,7 +108,10 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.end_step()
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        return
+        """Nothing is loaded. Model runner V2 says here whose rows the batch has."""
+        assert self.worker is not None
+        if request_ids := kwargs.get("request_ids"):
+            self.worker.note_rows(request_ids)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -153,7 +156,10 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self.planner is not None
-        return self.planner.plan(scheduler_output)
+        plan = self.planner.plan(scheduler_output)
+        # Calls `start_load_kv` before the forward pass rather than after it.
+        scheduler_output.has_sync_kv_loads = bool(plan.chunks)
+        return plan
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self.planner is not None

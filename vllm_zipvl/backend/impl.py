@@ -10,12 +10,12 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_zipvl.backend.connector import ZipVLConnector
-from vllm_zipvl.backend.metadata import DecodeBatch, PromptRow, ZipVLMetadata
-from vllm_zipvl.backend.requirements import check_layer
+from vllm_zipvl.backend.metadata import DecodeBatch, PromptRows, ZipVLMetadata
+from vllm_zipvl.backend.requirements import check_layer, check_same_scale
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.heap import HeapTables
-from vllm_zipvl.cache.spec import CacheRules, make_tables
+from vllm_zipvl.cache.spec import CacheRules, make_tables, max_gathered_tokens
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PAGE_TOKENS
 from vllm_zipvl.ops.decode_attention import decode_attention
@@ -42,23 +42,11 @@ def _worker() -> ZipVLWorker | None:
     return worker if worker is not None and worker.heap is not None else None
 
 
-def _tables(
-    vllm_config: VllmConfig, num_kv_heads: int, head_size: int, device: torch.device
-) -> HeapTables | None:
-    """The engine's one set of tables, made with the first of its layers.
-
-    None where vLLM has yet to find out how long a request may be.
-    """
-    for layer in vllm_config.compilation_config.static_forward_context.values():
-        impl = getattr(layer, "impl", None)
-        if isinstance(impl, ZipVLAttentionImpl):
-            return impl.tables
-    model = vllm_config.model_config
-    if model.original_max_model_len == AUTO_LENGTH:
-        return None
-    # The tables do not depend on the size of a block, which may not be known yet.
-    rules = CacheRules.of_layers(vllm_config, num_kv_heads, head_size, PAGE_TOKENS, model.dtype)
-    return make_tables(rules, vllm_config, device)
+def _earlier_layer(vllm_config: VllmConfig) -> "ZipVLAttentionImpl | None":
+    """A layer of this engine that was made before."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    impls = (getattr(layer, "impl", None) for layer in layers)
+    return next((impl for impl in impls if isinstance(impl, ZipVLAttentionImpl)), None)
 
 
 class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
@@ -99,16 +87,32 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         vllm_config = get_current_vllm_config()
         config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
         dtype, device = vllm_config.model_config.dtype, torch.device(current_platform.device_type)
-        self.tables = _tables(vllm_config, self.num_kv_heads, head_size, device)
+        self.tables: HeapTables | None = None
         self.tail_probes: TailProbes | None = None
-        if config.compress:
-            num_slots = vllm_config.scheduler_config.max_num_seqs
-            shape = (num_slots + 1, num_heads, head_size)
-            self.tail_probes = TailProbes(shape, self.scale, dtype, device)
+        if earlier := _earlier_layer(vllm_config):
+            check_same_scale(self.scale, earlier.scale)
+            self.tables, self.tail_probes = earlier.tables, earlier.tail_probes
+        else:
+            self._make_tables(vllm_config, config, dtype, device)
         # Of a length that vLLM has yet to find nothing can be held.
-        self.scratch_tokens = vllm_config.model_config.max_model_len if self.tables else 0
+        self.scratch_tokens = max_gathered_tokens(vllm_config) if self.tables else 0
         self.prefill_kernel = find_kernel(config.prefill_kernel, device.type, dtype, head_size)
         logger.info_once("zipvl: prefill attention by %s", self.prefill_kernel)
+
+    def _make_tables(
+        self, vllm_config: VllmConfig, config: ZipVLConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """What all layers share."""
+        # The tables do not depend on the size of a block, which may not be known yet.
+        shape = (self.num_kv_heads, self.head_size, PAGE_TOKENS)
+        rules = CacheRules.of_layers(vllm_config, *shape, dtype)
+        if vllm_config.model_config.original_max_model_len != AUTO_LENGTH:
+            self.tables = make_tables(rules, vllm_config, device)
+        if config.compress:
+            num_slots = vllm_config.scheduler_config.max_num_seqs + 1
+            num_layers = rules.geometry.num_layers
+            queries = (num_layers, num_slots, self.num_heads, self.head_size)
+            self.tail_probes = TailProbes(queries, dtype, device)
 
     def do_kv_cache_update(
         self,
@@ -161,55 +165,54 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         layer_index = worker.layer_index(layer.layer_name)
         batch = attn_metadata.resolve(worker, kv_cache.shape[2])
         out = output.view(-1, self.num_heads, self.head_size)
-        for row in batch.prompts:
-            self._attend_prompt(worker, layer_index, row, query, key, value, kv_cache, out)
+        for rows in batch.prompts:
+            self._attend_prompts(worker, layer_index, rows, query, key, value, kv_cache, out)
         if batch.decodes is not None:
-            self._attend_decodes(worker, layer_index, batch.decodes, attn_metadata, query, out)
+            table = attn_metadata.block_table
+            self._attend_decodes(worker, layer_index, batch.decodes, table, query, out)
         return output
 
     def _take_scratch(self, query: torch.Tensor) -> None:
-        """Hold for a moment what a prompt's last chunk may take, so that memory profiling sees it.
+        """Hold for a moment what prompts' chunks may take, so that memory profiling sees it.
 
-        Keys and values of the context: gathered, joined with the chunk's, and the kept ones.
+        Keys and values of the contexts, gathered from blocks, and the kept ones of them.
         """
-        context = 3 * 2 * self.scratch_tokens * self.num_kv_heads * self.head_size
-        query.new_empty(context + 2 * query.numel())
+        contexts = 2 * 2 * self.scratch_tokens * self.num_kv_heads * self.head_size
+        query.new_empty(contexts + 2 * query.numel())
 
-    def _attend_prompt(
+    def _attend_prompts(
         self,
         worker: ZipVLWorker,
         layer_index: int,
-        row: PromptRow,
+        rows: PromptRows,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        chunk = row.chunk
-        tokens = slice(row.first_token, row.first_token + chunk.end - chunk.start)
+        batch, tokens = rows.batch, rows.tokens
+        chunks, kernel = batch.rows, self.prefill_kernel
         q, k, v = query[tokens], key[tokens], value[tokens]
-        if chunk.start:
-            earlier_k, earlier_v = gather_kv(kv_cache, row.block_ids, 0, chunk.start).chunk(2, -1)
-            k, v = torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
-        selection = worker.prompts.select(layer_index, chunk, q, k, self.scale)
-        is_sparse = selection is not None and worker.prompts.attends_sparsely(chunk)
-        if selection is None or not is_sparse:
-            out[tokens] = prefill_attention(q, k, v, self.scale, self.prefill_kernel)
+        if chunks.contexts.num_tokens > chunks.queries.num_tokens:
+            # The step's own are in the blocks already.
+            k, v = gather_kv(kv_cache, rows.block_table, chunks.contexts).chunk(2, dim=-1)
+        kept = worker.prompts.select(layer_index, batch, q, k, self.scale)
+        if kept is None:
+            out[tokens] = prefill_attention(q, k, v, self.scale, kernel, chunks)
         else:
-            kept, kernel = selection.kept, self.prefill_kernel
-            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, kernel)
+            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, kernel, chunks)
 
     def _attend_decodes(
         self,
         worker: ZipVLWorker,
         layer_index: int,
         decodes: DecodeBatch,
-        metadata: ZipVLMetadata,
+        block_table: torch.Tensor,
         query: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        context = worker.context(layer_index, metadata.block_table)
+        context = worker.context(layer_index, block_table)
         q, tokens = query[decodes.tokens], decodes.tokens
         result = out[tokens] if isinstance(tokens, slice) else torch.empty_like(q)
         lse = decode_attention(q, context, decodes.rows, self.scale, result)
@@ -217,4 +220,4 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
             out[tokens] = result
         if self.tail_probes is not None and worker.notes_queries:
             last = decodes.last
-            self.tail_probes.note(decodes.rows.slots[last], q[last], lse[last])
+            self.tail_probes.note(layer_index, decodes.rows.slots[last], q[last], lse[last])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
@@ -13,17 +14,25 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_zipvl.backend.prompts import PromptBatch
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.messages import ChunkPlan
+from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.decode_attention import DecodeRows
 
 
-class PromptRow(NamedTuple):
-    """A row that computes prompt tokens: its plan, its place in the batch and its blocks."""
+class PromptRows(NamedTuple):
+    """Chunks of one kind, their tokens' places in the step and their blocks.
 
-    chunk: ChunkPlan
-    first_token: int
-    block_ids: torch.Tensor
+    Attributes:
+        batch: The chunks.
+        tokens: Places of their queries, keys and values, chunk by chunk, an index.
+        block_table: int32 [num_chunks, max_blocks].
+    """
+
+    batch: PromptBatch
+    tokens: torch.Tensor | slice
+    block_table: torch.Tensor
 
 
 class DecodeBatch(NamedTuple):
@@ -43,7 +52,7 @@ class DecodeBatch(NamedTuple):
 class Batch(NamedTuple):
     """A step's rows by kind."""
 
-    prompts: list[PromptRow]
+    prompts: list[PromptRows]
     decodes: DecodeBatch | None
 
 
@@ -52,7 +61,8 @@ class ZipVLMetadata(AttentionMetadata):
     """What the layers of one step share.
 
     Attributes:
-        query_start_loc: int32 [num_rows + 1].
+        query_starts: Where each row's queries begin, then where the last end, the host's, int32
+            [num_rows + 1].
         seq_lens: int32 [num_rows], tokens of each row after this step.
         block_table: int32 [num_rows, max_blocks].
         num_tokens: Of all rows in this step.
@@ -60,7 +70,7 @@ class ZipVLMetadata(AttentionMetadata):
         batch: The rows by kind; resolved by the first layer, when the plan is bound.
     """
 
-    query_start_loc: torch.Tensor
+    query_starts: np.ndarray
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     num_tokens: int
@@ -68,73 +78,93 @@ class ZipVLMetadata(AttentionMetadata):
     batch: Batch | None = None
 
     def resolve(self, worker: ZipVLWorker, block_size: int) -> Batch:
-        """The rows by kind; rows that end in a block that no plan named are left out."""
+        """The rows by kind; rows that end in a block that no plan named attend to nothing."""
         if self.batch is None:
             self.batch = _resolve(self, worker, block_size)
         return self.batch
 
 
 def _resolve(metadata: ZipVLMetadata, worker: ZipVLWorker, block_size: int) -> Batch:
-    starts, table = metadata.query_start_loc, metadata.block_table
+    """Waits for nothing on a GPU, if the worker was told whose rows they are."""
     last_index = (metadata.seq_lens.long() - 1).clamp(min=0) // block_size
-    last_blocks = table.gather(1, last_index[:, None])
-    slots = worker.slot_of_block[last_blocks[:, 0]]
+    last_blocks = metadata.block_table.gather(1, last_index[:, None])[:, 0]
+    slots = worker.slot_of_block[last_blocks]
+    slots = torch.where((slots >= 0) & (metadata.seq_lens > 0), slots, worker.nobody)
     is_uniform = metadata.max_queries == 1 and metadata.num_tokens == len(slots)
-    if is_uniform and not worker.chunk_of_block:
+    if is_uniform and not worker.chunks:
         return Batch([], _single_queries(metadata, worker, slots))
-    num_queries = starts[1:] - starts[:-1]
-    is_decode = (num_queries > 0) & (metadata.seq_lens > 0) & (slots >= 0)
-    prompts = []
-    for row, block_id in enumerate(last_blocks[:, 0].tolist() if worker.chunk_of_block else ()):
-        chunk = worker.chunk_of_block.get(block_id)
-        if chunk is not None and is_decode[row]:
-            assert chunk.end == metadata.seq_lens[row], chunk
-            assert chunk.end - chunk.start == num_queries[row], chunk
-            prompts.append(PromptRow(chunk, int(starts[row]), table[row]))
-            is_decode[row] = False
-    rows = is_decode.nonzero()[:, 0]
-    return Batch(prompts, _decode_batch(metadata, worker, rows, slots) if len(rows) else None)
+    num_queries = np.diff(metadata.query_starts)
+    chunks = worker.chunks_of_rows(last_blocks) if worker.chunks else {}
+    chunks = {row: chunk for row, chunk in chunks.items() if num_queries[row]}
+    for row, chunk in chunks.items():
+        assert chunk.end - chunk.start == num_queries[row], chunk
+    decodes = [row for row in num_queries.nonzero()[0].tolist() if row not in chunks]
+    decode_batch = None
+    if decodes:
+        decode_batch = _decode_batch(metadata, worker, np.array(decodes), num_queries, slots)
+    return Batch(_prompt_batches(metadata, worker, chunks), decode_batch)
+
+
+def _index(places: np.ndarray, device: torch.device) -> torch.Tensor | slice:
+    """An index of ascending places: a slice where they are one after another."""
+    if len(places) == places[-1] - places[0] + 1:
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return to_device(places, device)
+
+
+def _prompt_batches(
+    metadata: ZipVLMetadata, worker: ZipVLWorker, chunks: dict[int, ChunkPlan]
+) -> list[PromptRows]:
+    device, starts = metadata.seq_lens.device, metadata.query_starts
+    row_of_slot = {chunk.slot: row for row, chunk in chunks.items()}
+    batches = []
+    for batch in worker.prompts.batches(list(chunks.values()), device):
+        rows = [row_of_slot[chunk.slot] for chunk in batch.chunks]
+        tokens = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+        block_table = metadata.block_table[_index(np.array(rows), device)]
+        batches.append(PromptRows(batch, _index(tokens, device), block_table))
+    return batches
+
+
+def _rows(
+    worker: ZipVLWorker, slots: torch.Tensor, rows: torch.Tensor, context_lens: torch.Tensor
+) -> DecodeRows:
+    """Rows that are nobody's attend to nothing."""
+    assert worker.heap is not None
+    return DecodeRows(
+        slots=slots,
+        rows=rows,
+        tail_starts=worker.heap.tables.compressed_lens[slots],
+        context_lens=torch.where(slots != worker.nobody, context_lens, 0),
+    )
 
 
 def _single_queries(
     metadata: ZipVLMetadata, worker: ZipVLWorker, slots: torch.Tensor
 ) -> DecodeBatch:
-    """A query of every row, none of which computes a longer chunk; waits for nothing on a GPU.
-
-    Rows that are nobody's attend to nothing.
-    """
-    assert worker.heap is not None
-    is_somebodys = (slots >= 0) & (metadata.seq_lens > 0)
-    slots = torch.where(is_somebodys, slots, worker.nobody)
+    """A query of every row, none of which computes a longer chunk."""
     every = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-    rows = DecodeRows(
-        slots=slots,
-        rows=every,
-        tail_starts=worker.heap.tables.compressed_lens[slots],
-        context_lens=torch.where(is_somebodys, metadata.seq_lens, 0),
-    )
+    rows = _rows(worker, slots, every, metadata.seq_lens)
     return DecodeBatch(slice(0, len(slots)), rows, slice(None))
 
 
 def _decode_batch(
-    metadata: ZipVLMetadata, worker: ZipVLWorker, rows: torch.Tensor, slots: torch.Tensor
+    metadata: ZipVLMetadata,
+    worker: ZipVLWorker,
+    rows: np.ndarray,
+    num_queries: np.ndarray,
+    slots: torch.Tensor,
 ) -> DecodeBatch:
     """The queries of `rows`, most of which have one; `slots` are those of the whole batch."""
-    assert worker.heap is not None
-    starts, ends = metadata.query_start_loc[rows], metadata.query_start_loc[rows + 1]
-    num_queries = ends - starts
-    last_token = torch.repeat_interleave(ends, num_queries) - 1
-    ahead = num_queries.cumsum(0).repeat_interleave(num_queries) - 1
-    ahead -= torch.arange(len(ahead), device=ahead.device)
-    rows = torch.repeat_interleave(rows, num_queries)
-    slots = slots[rows]
-    decode_rows = DecodeRows(
-        slots=slots,
-        rows=rows.int(),
-        tail_starts=worker.heap.tables.compressed_lens[slots],
-        context_lens=metadata.seq_lens[rows] - ahead,
-    )
-    return DecodeBatch(last_token - ahead, decode_rows, num_queries.cumsum(0) - 1)
+    device, counts = slots.device, num_queries[rows]
+    ends = counts.cumsum()
+    # How many queries of its row come after each.
+    ahead = np.repeat(ends, counts) - 1 - np.arange(ends[-1])
+    tokens = np.repeat(metadata.query_starts[rows + 1], counts) - 1 - ahead
+    own = to_device(np.repeat(rows, counts), device)
+    context_lens = metadata.seq_lens[own] - to_device(ahead, device, torch.int32)
+    decode_rows = _rows(worker, slots[own], own.int(), context_lens)
+    return DecodeBatch(_index(tokens, device), decode_rows, _index(ends - 1, device))
 
 
 class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):
@@ -159,7 +189,7 @@ class ZipVLMetadataBuilder(AttentionMetadataBuilder[ZipVLMetadata]):
         **kwargs: Any,
     ) -> ZipVLMetadata:
         return ZipVLMetadata(
-            query_start_loc=common_attn_metadata.query_start_loc,
+            query_starts=common_attn_metadata.query_start_loc_cpu.numpy(),
             seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
             num_tokens=common_attn_metadata.num_actual_tokens,

@@ -1,8 +1,9 @@
-"""Choosing the tokens of a prompt, chunk by chunk and layer by layer."""
+"""Choosing the tokens of prompts, chunk by chunk and layer by layer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import Enum
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,16 +11,19 @@ import torch
 from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import Selection, cap_selections, keep_all, select
-from vllm_zipvl.ops.probe_scores import probe_scores
-from vllm_zipvl.ops.transfer import to_device
+from vllm_zipvl.core.selection import Selection, cap_selection, select, stack
+from vllm_zipvl.core.sequences import Chunks, Sequences
+from vllm_zipvl.core.transfer import to_device
+from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 
 
-class ProbeQueries(NamedTuple):
-    """Queries of one layer that wait to probe, [num_probes, num_heads, head_size], unscaled."""
+class Kind(Enum):
+    """What a chunk of a prompt does."""
 
-    queries: torch.Tensor
-    scale: float
+    SPARSE = "probes, and attends to what its probes choose"
+    PROBING = "attends densely, and probes for the chunks to come"
+    WAITING = "attends densely, and leaves its probes' queries for the compression"
+    DENSE = "attends densely"
 
 
 @dataclass
@@ -30,44 +34,149 @@ class PromptState:
         chunk: The newest chunk.
         random_positions: Random probes of the earlier chunks.
         random_mass: Per layer, their attention mass, float32 [tokens so far].
-        positions: Of the newest chunk's probes, random ones first, int64; None until a layer needs
-            them.
-        num_visible: How many probes may see each token, float32 [end of the newest chunk]; None
-            until a layer needs it.
-        selections: Per layer, the selection of the last chunk.
-        waiting: Per layer that attended densely, the last chunk's probes.
+        waiting: Per layer, queries of the last chunk's probes, [num_probes, num_heads, head_size].
+        chosen: The batch in which the last chunk chose, and its place there.
     """
 
     chunk: ChunkPlan
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
-    positions: torch.Tensor | None = None
-    num_visible: torch.Tensor | None = None
-    selections: dict[int, Selection] = field(default_factory=dict)
-    waiting: dict[int, ProbeQueries] = field(default_factory=dict)
+    waiting: dict[int, torch.Tensor] = field(default_factory=dict)
+    chosen: "tuple[PromptBatch, int] | None" = None
+
+
+class PromptBatch:
+    """Chunks of one kind, one after another; what follows from them serves all layers.
+
+    Attributes:
+        kind: Of all of them.
+        prompts: Whose chunks they are.
+        rows: How many queries and tokens each has.
+        selections: Per layer, what they chose.
+    """
+
+    def __init__(
+        self, kind: Kind, prompts: Sequence[PromptState], rules: CacheRules, device: torch.device
+    ) -> None:
+        self.kind = kind
+        self.prompts = prompts
+        self.chunks = [prompt.chunk for prompt in prompts]
+        self.rows = Chunks(
+            [chunk.end - chunk.start for chunk in self.chunks],
+            [chunk.end for chunk in self.chunks],
+            device,
+        )
+        self.selections: dict[int, Selection] = {}
+        self._rules = rules
+        self._device = device
+
+    @cached_property
+    def _positions(self) -> list[Probes]:
+        return [_probes_of(chunk, self._rules) for chunk in self.chunks]
+
+    @cached_property
+    def probes(self) -> ProbePlaces:
+        counts = [len(random) + len(recent) for random, recent in self._positions]
+        is_random = [
+            np.arange(n) < len(p.random) for n, p in zip(counts, self._positions, strict=True)
+        ]
+        return ProbePlaces(
+            to_device(np.concatenate([np.concatenate(p) for p in self._positions]), self._device),
+            to_device(np.concatenate(is_random), self._device),
+            Sequences(counts, self._device),
+        )
+
+    @cached_property
+    def probe_places(self) -> torch.Tensor:
+        """Where the probes are among the chunks' queries, int64 [num_probes]."""
+        places = [
+            np.concatenate(own) - chunk.start + tokens.start
+            for own, chunk, tokens in zip(
+                self._positions, self.chunks, self.rows.queries.slices(), strict=True
+            )
+        ]
+        return to_device(np.concatenate(places), self._device)
+
+    @cached_property
+    def num_visible(self) -> torch.Tensor:
+        """How many probes may see each token, those of earlier chunks too, float32 [num_tokens]."""
+        counts = [
+            num_visible_probes(np.concatenate([prompt.random_positions, *own]), prompt.chunk.end)
+            for prompt, own in zip(self.prompts, self._positions, strict=True)
+        ]
+        return to_device(np.concatenate(counts), self._device, torch.float32)
+
+    @cached_property
+    def is_recent(self) -> torch.Tensor:
+        """The recent probes, bool [num_tokens]."""
+        masks = [
+            np.arange(chunk.end) >= chunk.end - len(own.recent)
+            for chunk, own in zip(self.chunks, self._positions, strict=True)
+        ]
+        return to_device(np.concatenate(masks), self._device)
+
+    @cached_property
+    def masks(self) -> torch.Tensor:
+        """What the cache keeps, of all layers, bool [num_layers, num_tokens]."""
+        layers = stack(self.selections[layer] for layer in sorted(self.selections))
+        max_kept = self._rules.config.max_kept
+        return cap_selection(layers, self.is_recent, max_kept, self.rows.contexts)
+
+
+def _probes_of(chunk: ChunkPlan, rules: CacheRules) -> Probes:
+    config = rules.config
+    return probe_positions(
+        config.seed, chunk.start, chunk.end, config.probe_recent, config.probe_random
+    )
+
+
+def _runs(prompts: Sequence[PromptState], max_tokens: int) -> Iterator[list[PromptState]]:
+    """Prompts in turn, as many at a time as have `max_tokens` together, but at least one."""
+    run: list[PromptState] = []
+    total = 0
+    for prompt in prompts:
+        if run and total + prompt.chunk.end > max_tokens:
+            yield run
+            run, total = [], 0
+        run.append(prompt)
+        total += prompt.chunk.end
+    if run:
+        yield run
 
 
 class PromptSelector:
-    """The selections of the prompts that are being computed or wait for their compression."""
+    """The selections of the prompts that are being computed or wait for their compression.
+
+    Args:
+        rules: Settings and shapes.
+        sum_over_ranks: Sums a tensor over tensor-parallel ranks.
+        max_tokens: Of the contexts of a batch.
+    """
 
     def __init__(
-        self, rules: CacheRules, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        rules: CacheRules,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        max_tokens: int,
     ) -> None:
         self.rules = rules
         self.config = rules.config
         self._sum_over_ranks = sum_over_ranks
+        self._max_tokens = max_tokens
         self._prompts: dict[int, PromptState] = {}
 
     def forget(self, slot: int) -> None:
         """The slot got a new owner."""
         self._prompts.pop(slot, None)
 
-    def attends_sparsely(self, chunk: ChunkPlan) -> bool:
-        """Whether a chunk's attention runs on its selection."""
+    def _kind(self, chunk: ChunkPlan) -> Kind:
         config = self.config
-        return (
-            config.sparse_prefill and not chunk.attends_densely and chunk.end >= config.min_tokens
-        )
+        is_asked = config.sparse_prefill and not chunk.attends_densely
+        if is_asked and chunk.end >= config.min_tokens:
+            return Kind.SPARSE
+        if chunk.ends_prompt:
+            return Kind.WAITING if self._is_compressed_after(chunk) else Kind.DENSE
+        return Kind.PROBING if is_asked or config.compress else Kind.DENSE
 
     @property
     def _needs_no_scores(self) -> bool:
@@ -78,97 +187,90 @@ class PromptSelector:
     def _is_compressed_after(self, chunk: ChunkPlan) -> bool:
         return chunk.ends_prompt and self.rules.compressible_end(chunk.end) > 0
 
-    def _probes(self, chunk: ChunkPlan) -> Probes:
-        config = self.config
-        return probe_positions(
-            config.seed, chunk.start, chunk.end, config.probe_recent, config.probe_random
-        )
-
     def _prompt_of(self, chunk: ChunkPlan) -> PromptState:
         """The prompt that a chunk belongs to; it is its newest one from now on."""
         prompt = self._prompts.setdefault(chunk.slot, PromptState(chunk))
-        if prompt.chunk is not chunk:
-            prompt.chunk, prompt.positions, prompt.num_visible = chunk, None, None
+        prompt.chunk = chunk
         return prompt
 
-    def _positions(self, prompt: PromptState, device: torch.device) -> torch.Tensor:
-        if prompt.positions is None:
-            prompt.positions = to_device(np.concatenate(self._probes(prompt.chunk)), device)
-        return prompt.positions
+    def batches(self, chunks: Sequence[ChunkPlan], device: torch.device) -> list[PromptBatch]:
+        """Chunks that are computed at once, kind by kind."""
+        batches = []
+        for kind in Kind:
+            own = [chunk for chunk in chunks if self._kind(chunk) is kind]
+            leaves_something = kind is not Kind.DENSE
+            prompts = [self._prompt_of(c) if leaves_something else PromptState(c) for c in own]
+            for run in _runs(prompts, self._max_tokens):
+                batches.append(PromptBatch(kind, run, self.rules, device))
+        return batches
 
     def select(
-        self, layer: int, chunk: ChunkPlan, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> Selection | None:
-        """Probe a prompt chunk, and select if its attention runs on the selection.
+        self, layer: int, batch: PromptBatch, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """Probe, and choose what the chunks attend to if they attend sparsely.
 
-        A chunk that attends densely and is its prompt's last leaves its probes' queries to
-        `take_masks`, so that the first token does not wait for them.
+        Chunks that attend densely and are their prompts' last leave their probes' queries to
+        `choose_waiting`, so that the first token does not wait for them.
 
         Args:
             layer: Index of the layer.
-            chunk: Its plan.
-            query: The chunk's queries [end - start, num_heads, head_size].
-            key: All keys of the context [end, num_kv_heads, head_size].
+            batch: The chunks.
+            query: Their queries, [num_queries, num_heads, head_size].
+            key: All keys of their contexts, [num_tokens, num_kv_heads, head_size].
             scale: Softmax scale.
-        """
-        is_sparse, is_compressed = self.attends_sparsely(chunk), self._is_compressed_after(chunk)
-        if chunk.ends_prompt and not is_sparse and not is_compressed:
-            return None
-        if chunk.attends_densely and not self.config.compress:
-            return None
-        prompt = self._prompt_of(chunk)
-        positions = self._positions(prompt, query.device)
-        probes = ProbeQueries(query[positions - chunk.start], scale)
-        if chunk.ends_prompt and not is_sparse:
-            prompt.waiting[layer] = probes
-            return None
-        if not is_sparse:
-            if not self._needs_no_scores:
-                self._accumulate_mass(prompt, layer, probes, key)
-            return None
-        selection = self._choose(prompt, layer, probes, key)
-        if is_compressed:
-            prompt.selections[layer] = selection
-        return selection
 
-    def take_single(self, chunk: ChunkPlan, queries: Iterable[ProbeQueries]) -> None:
+        Returns:
+            Bool mask [num_tokens]; None if they attend to all.
+        """
+        if batch.kind is Kind.DENSE or self._needs_no_scores:
+            return None
+        probes = query[batch.probe_places]
+        if batch.kind is Kind.WAITING:
+            for prompt, own in zip(batch.prompts, batch.probes.contexts.slices(), strict=True):
+                prompt.waiting[layer] = probes[own]
+            return None
+        mass = self._accumulate_mass(batch, layer, probes, key, scale)
+        if batch.kind is Kind.PROBING:
+            return None
+        self._choose(batch, layer, mass)
+        return batch.selections[layer].kept
+
+    def take_single(self, chunk: ChunkPlan, queries: torch.Tensor) -> None:
         """As `select`, after the fact, for a chunk of one token.
 
         Args:
             chunk: Its plan.
-            queries: The token's, one of each layer.
+            queries: The token's, of all layers, [num_layers, num_heads, head_size].
         """
         if self._is_compressed_after(chunk):
-            self._prompt_of(chunk).waiting = dict(enumerate(queries))
+            self._prompt_of(chunk).waiting = dict(enumerate(queries[:, None]))
 
-    def _choose(
-        self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
-    ) -> Selection:
-        """Select among the context of a prompt's newest chunk."""
-        end = prompt.chunk.end
-        if self._needs_no_scores:
-            return keep_all(key[:end, 0, 0])
-        mass = self._accumulate_mass(prompt, layer, probes, key)
-        random, recent = self._probes(prompt.chunk)
-        if prompt.num_visible is None:
-            positions = np.concatenate([prompt.random_positions, random, recent])
-            visible = num_visible_probes(positions, end)
-            prompt.num_visible = to_device(visible, mass.device, mass.dtype)
-        return select(mass, prompt.num_visible, len(recent), self.config)
+    def _choose(self, batch: PromptBatch, layer: int, mass: torch.Tensor) -> None:
+        batch.selections[layer] = select(
+            mass, batch.num_visible, batch.is_recent, self.config, batch.rows.contexts
+        )
+        for place, prompt in enumerate(batch.prompts):
+            if self._is_compressed_after(prompt.chunk):
+                prompt.chosen = batch, place
 
     def _accumulate_mass(
-        self, prompt: PromptState, layer: int, probes: ProbeQueries, key: torch.Tensor
+        self,
+        batch: PromptBatch,
+        layer: int,
+        probes: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        """Mass of this chunk's probes and of the earlier chunks' random ones, float32 [end]."""
-        positions = self._positions(prompt, key.device)
-        num_random = len(self._probes(prompt.chunk).random)
-        mass = probe_scores(probes.queries, positions, num_random, key, probes.scale)
+        """Mass of the chunks' probes and of earlier chunks' random ones, float32 [num_tokens]."""
+        contexts = batch.rows.contexts
+        mass = probe_scores(probes, batch.probes, key, contexts, scale)
         random, recent = self._sum_over_ranks(torch.stack(mass))
-        earlier = prompt.random_mass.pop(layer, None)
-        if earlier is not None:
-            random[: earlier.shape[0]] += earlier
-        if not prompt.chunk.ends_prompt:
-            prompt.random_mass[layer] = random
+        for prompt, tokens in zip(batch.prompts, contexts.slices(), strict=True):
+            earlier = prompt.random_mass.pop(layer, None)
+            if earlier is not None:
+                random[tokens][: len(earlier)] += earlier
+            if not prompt.chunk.ends_prompt:
+                prompt.random_mass[layer] = random[tokens].clone()
         return random + recent
 
     def finish_chunk(self, chunk: ChunkPlan) -> None:
@@ -177,24 +279,48 @@ class PromptSelector:
         if prompt is None:
             return
         if not chunk.ends_prompt:
-            random = self._probes(chunk).random
+            random = _probes_of(chunk, self.rules).random
             prompt.random_positions = np.concatenate([prompt.random_positions, random])
         elif not self._is_compressed_after(chunk):
             del self._prompts[chunk.slot]
 
-    def take_masks(
-        self, slot: int, num_layers: int, keys: Callable[[int], torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """What each layer keeps of a complete prompt, bool masks [num_tokens].
+    def choose_waiting(
+        self,
+        slots: Sequence[int],
+        keys: Callable[[list[int], Sequences], Callable[[int], torch.Tensor]],
+        scale: float,
+    ) -> None:
+        """Let the complete prompts choose whose last chunk attended densely.
+
+        Args:
+            slots: Of prompts that are to be compressed.
+            keys: Of the slots and lengths of contexts, what gives a layer's keys of them,
+                [num_tokens, num_kv_heads, head_size].
+            scale: Softmax scale.
+        """
+        if self._needs_no_scores:
+            return
+        waiting = [self._prompts[slot] for slot in slots if self._prompts[slot].waiting]
+        for run in _runs(waiting, self._max_tokens):
+            device = run[0].waiting[0].device
+            batch = PromptBatch(Kind.WAITING, run, self.rules, device)
+            keys_of = keys([prompt.chunk.slot for prompt in run], batch.rows.contexts)
+            for layer in run[0].waiting:
+                probes = torch.cat([prompt.waiting[layer] for prompt in run])
+                mass = self._accumulate_mass(batch, layer, probes, keys_of(layer), scale)
+                self._choose(batch, layer, mass)
+
+    def take_masks(self, slot: int, num_layers: int, device: torch.device) -> torch.Tensor:
+        """What the layers keep of a complete prompt, bool [num_layers, num_tokens].
 
         Args:
             slot: The prompt's slot.
             num_layers: How many layers there are.
-            keys: Gives a layer's keys of the prompt, [num_tokens, num_kv_heads, head_size].
+            device: Of the mask.
         """
         prompt = self._prompts.pop(slot)
-        for layer, probes in prompt.waiting.items():
-            prompt.selections[layer] = self._choose(prompt, layer, probes, keys(layer))
-        selections = [prompt.selections[layer] for layer in range(num_layers)]
-        num_recent = len(self._probes(prompt.chunk).recent)
-        return cap_selections(selections, num_recent, self.config.max_kept)
+        if self._needs_no_scores:
+            return torch.ones(num_layers, prompt.chunk.end, dtype=torch.bool, device=device)
+        assert prompt.chosen is not None
+        batch, place = prompt.chosen
+        return batch.masks[:, batch.rows.contexts.slices()[place]]

@@ -281,6 +281,16 @@ def check_layer(
             _refuse(f"{what} in a layer")
 
 
+def check_same_scale(scale: float, other: float) -> None:
+    """Refuse layers whose softmax scales differ.
+
+    Raises:
+        ValueError: One line: what is not supported, and what to change.
+    """
+    if scale != other:
+        _refuse(f"a layer of softmax scale {scale} beside one of {other}")
+
+
 def check_spec(spec: KVCacheSpec) -> None:
     """Refuse the cache of a layer that is not plain full attention, as vLLM describes it.
 

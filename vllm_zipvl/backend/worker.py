@@ -1,60 +1,79 @@
 """The worker's side of a step: whose rows they are, what was selected, what to compress."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_zipvl.backend.prompts import ProbeQueries, PromptSelector
+from vllm_zipvl.backend.prompts import PromptSelector
 from vllm_zipvl.backend.tail import TailProbes
-from vllm_zipvl.cache.compression import Compression, compress
+from vllm_zipvl.cache.compression import CompressionPass, compress
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
-from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan, StepReport
+from vllm_zipvl.cache.messages import (
+    ChunkPlan,
+    CompressionPlan,
+    CompressionReport,
+    StepPlan,
+    StepReport,
+)
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.selection import num_to_keep, top_mask
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import table_to_device, to_device
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import PageTables, write_tokens
-from vllm_zipvl.ops.probe_scores import probe_scores
-from vllm_zipvl.ops.transfer import to_device
+from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
+from vllm_zipvl.ops.tail_scores import tail_scores
 
 
 class ZipVLWorker:
-    """State of one rank. Bound to the memory by `register`, steered by the plans."""
+    """State of one rank. Bound to the memory by `register`, steered by the plans.
+
+    Args:
+        rules: Settings and shapes.
+        sum_over_ranks: Sums a tensor over tensor-parallel ranks.
+        max_tokens: Of contexts that are gathered at once.
+    """
 
     def __init__(
         self,
         rules: CacheRules,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        max_tokens: int,
     ) -> None:
         self.rules = rules
         self.config = rules.config
         self.geometry = rules.geometry
         self.heap: PageHeap | None = None
         self.plan: StepPlan | None = None
-        self.chunk_of_block: dict[int, ChunkPlan] = {}
+        self.chunks: list[ChunkPlan] = []
         self.notes_queries = True
         self.slot_of_block = torch.empty(0, dtype=torch.int32)
         self._sum_over_ranks = sum_over_ranks
-        self.prompts = PromptSelector(rules, sum_over_ranks)
+        self.prompts = PromptSelector(rules, sum_over_ranks, max_tokens)
+        self._request_ids: list[str] | None = None
         self._layer_index: dict[str, int] = {}
         self._kv_caches: list[torch.Tensor] = []
-        self._tail_probes: Sequence[TailProbes] = ()
+        self._tail_probes: TailProbes | None = None
+        self._scale = 1.0
         self.reports_late = False
-        self._launched: dict[int, Compression] = {}
-        self._launched_before: dict[int, Compression] = {}
+        self._launched: list[CompressionPass] = []
+        self._launched_before: list[CompressionPass] = []
 
     def register(
         self,
         kv_caches: dict[str, torch.Tensor],
         tables: HeapTables,
-        tail_probes: Sequence[TailProbes],
+        tail_probes: TailProbes | None,
+        scale: float,
     ) -> None:
         """Take over the KV cache that vLLM allocated.
 
         Args:
             kv_caches: Blocks by layer.
             tables: With one slot more than there are, which stays empty.
-            tail_probes: Of the same layers; none where nothing is compressed.
+            tail_probes: Of the same layers; None where nothing is compressed.
+            scale: Softmax scale of all layers.
 
         Raises:
             RuntimeError: A second engine of this process comes along: vLLM has one connector, and
@@ -69,6 +88,7 @@ class ZipVLWorker:
         self._layer_index = {name: i for i, name in enumerate(kv_caches)}
         self._kv_caches = list(kv_caches.values())
         self._tail_probes = tail_probes
+        self._scale = scale
         first = min(self._kv_caches, key=torch.Tensor.storage_offset)
         block_stride = first.stride(0) * first.element_size()
         if block_stride != self.geometry.block_bytes or len(kv_caches) != self.geometry.num_layers:
@@ -106,19 +126,24 @@ class ZipVLWorker:
             rows = DecodeRows(*[zeros[:num_rows]] * len(DecodeRows._fields))
             out = torch.empty_like(query[:num_rows])
             decode_attention(query[:num_rows], self.context(0, zero[None]), rows, 1.0, out)
-        kv = gather_kv(kv_cache, zero, 0, 1)
-        key, value = kv.chunk(2, dim=-1)
+        one = Sequences([1], zero.device)
+        key, value = gather_kv(kv_cache, zero[None], one).chunk(2, dim=-1)
         store_kv(key, value, kv_cache, zero[:0].long())
-        probe_scores(query[:1], zero.long(), 0, key, 1.0)
+        probe = ProbePlaces(zero.long(), zero.bool(), one)
+        probe_scores(query[:1], probe, key, one, 1.0)
+        if self._tail_probes is not None:
+            queries, lse = self._tail_probes.queries[:, :1], self._tail_probes.lse[:, :1]
+            tail_scores(queries, lse, self._kv_caches, zero[None], one, 1.0)
         # The null block, into a page of nobody's.
-        page = torch.zeros_like(self.heap.memory[:1])
-        pages = self.heap.tables.page_table[:, self.nobody]
-        norms = self.heap.tables.key_norms[:, self.nobody]
-        before = pages.new_zeros(geometry.num_layers, 2)
-        kept = torch.arange(geometry.block_size, device=page.device) < 1
+        tables, nobody = self.heap.tables, to_device([self.nobody], zero.device)
+        page_tables = PageTables(
+            torch.zeros_like(self.heap.memory[:1]), tables.page_table, nobody,
+            tables.page_counts[:, nobody], tables.key_norms, geometry,
+        )  # fmt: skip
+        kept = torch.arange(geometry.block_size, device=zero.device) < 1
+        block = Sequences([geometry.block_size], zero.device)
         kept = kept.repeat(geometry.num_layers, 1)
-        target = PageTables(page, pages, before, norms, geometry)
-        write_tokens(self._kv_caches, zero, kept, target, takes_norms=True)
+        write_tokens(self._kv_caches, zero[None], block, kept, page_tables, [True])
         self.heap.reset(self.nobody)
 
     def context(self, layer: int, block_table: torch.Tensor) -> CachedContext:
@@ -153,25 +178,44 @@ class ZipVLWorker:
         """Take over the plan of a step, before its forward pass."""
         assert self.heap is not None
         self.plan = plan
-        self._launched_before |= self._launched
-        self._launched = {}
+        self._launched_before += self._launched
+        self._launched = []
         if plan.new_slots:
             # A sleep of level 2 loses what is nobody's with all that is made with the layers.
             self.heap.reset(self.nobody)
         for slot in plan.new_slots:
             self.heap.reset(slot)
             self.prompts.forget(slot)
-        many = [chunk for chunk in plan.chunks if not chunk.is_single_token]
-        self.chunk_of_block = {chunk.last_block_id: chunk for chunk in many}
+        self.chunks = [chunk for chunk in plan.chunks if not chunk.is_single_token]
         is_tail_due = any(not compression.is_prompt for compression in plan.compressions)
-        self.notes_queries = is_tail_due or len(many) < len(plan.chunks)
+        self.notes_queries = is_tail_due or len(self.chunks) < len(plan.chunks)
         if plan.slot_of_block:
             named = to_device(list(plan.slot_of_block.items()), self.heap.memory.device)
             self.slot_of_block[named[:, 0]] = named[:, 1].int()
 
+    def note_rows(self, request_ids: list[str]) -> None:
+        """Whose the rows of the step are, from the first on."""
+        self._request_ids = request_ids
+
+    def chunks_of_rows(self, last_blocks: torch.Tensor) -> dict[int, ChunkPlan]:
+        """The chunks of more than one token, by row.
+
+        Args:
+            last_blocks: The block of each row's last token, [num_rows]. A GPU is waited for only
+                if nobody said whose the rows are.
+        """
+        if self._request_ids is not None:
+            by_id = {chunk.request_id: chunk for chunk in self.chunks}
+            rows = [by_id.get(request_id) for request_id in self._request_ids]
+        else:
+            by_block = {chunk.last_block_id: chunk for chunk in self.chunks}
+            rows = [by_block.get(block) for block in last_blocks.tolist()]
+        return {row: chunk for row, chunk in enumerate(rows) if chunk is not None}
+
     def end_step(self) -> None:
         self.plan = None
-        self.chunk_of_block = {}
+        self.chunks = []
+        self._request_ids = None
         # A CUDA graph that is captured between steps does what any step may need.
         self.notes_queries = True
 
@@ -181,52 +225,58 @@ class ZipVLWorker:
         """Run the step's compressions."""
         assert self.plan is not None and self.heap is not None
         for chunk in self.plan.chunks:
-            if chunk.is_single_token:
-                self.prompts.take_single(chunk, self._queries_of(chunk.slot))
+            if chunk.is_single_token and self._tail_probes is not None:
+                queries = self._tail_probes.queries[:, chunk.slot].clone()
+                self.prompts.take_single(chunk, queries)
             self.prompts.finish_chunk(chunk)
-        for plan in self.plan.compressions:
-            block_ids = to_device(plan.dense_block_ids, self.heap.memory.device)
-            of_kind = self._kept_of_prompt if plan.is_prompt else self._kept_of_tail
-            kept = of_kind(plan, block_ids)
-            launched = compress(plan, kept, self._kv_caches, block_ids, self.heap)
-            self._launched[plan.plan_id] = launched
+        prompts = [plan for plan in self.plan.compressions if plan.is_prompt]
+        tails = [plan for plan in self.plan.compressions if not plan.is_prompt]
+        if prompts or tails:
+            kept = self._kept_of_prompts(prompts) + self._kept_of_tails(tails)
+            joined = torch.cat(kept, dim=1)
+            self._launched.append(compress(prompts + tails, joined, self._kv_caches, self.heap))
 
     def take_report(self) -> StepReport:
         """What earlier steps compressed, and this one unless a GPU would have to be waited for."""
         done = self._launched_before
         if not self.reports_late:
-            done = done | self._launched
-            self._launched = {}
-        self._launched_before = {}
-        return StepReport({plan_id: launched.report() for plan_id, launched in done.items()})
+            done = done + self._launched
+            self._launched = []
+        self._launched_before = []
+        reports: dict[int, CompressionReport] = {}
+        for launched in done:
+            reports |= launched.reports()
+        return StepReport(reports)
 
-    def _queries_of(self, slot: int) -> Iterator[ProbeQueries]:
-        """The newest query of each layer."""
-        for probes in self._tail_probes:
-            yield ProbeQueries(probes.queries[slot, None].clone(), probes.scale)
+    def _kept_of_prompts(self, plans: Sequence[CompressionPlan]) -> list[torch.Tensor]:
+        """What their selections keep of the plans' tokens, [num_layers, num_tokens] each."""
+        blocks = {plan.slot: plan.dense_block_ids for plan in plans}
 
-    def _kept_of_prompt(self, plan: CompressionPlan, block_ids: torch.Tensor) -> list[torch.Tensor]:
-        def keys(layer: int) -> torch.Tensor:
-            return self._keys(layer, block_ids, plan.context_len - plan.start)
+        def keys(slots: list[int], contexts: Sequences) -> Callable[[int], torch.Tensor]:
+            table = table_to_device([blocks[slot] for slot in slots], self.slot_of_block.device)
 
-        masks = self.prompts.take_masks(plan.slot, self.geometry.num_layers, keys)
-        return [mask[: plan.end] for mask in masks]
+            def of_layer(layer: int) -> torch.Tensor:
+                kv = gather_kv(self._kv_caches[layer], table, contexts)
+                return kv[..., : self.geometry.head_size]
 
-    def _keys(self, layer: int, block_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Of the first tokens in dense blocks, [num_tokens, num_kv_heads, head_size]."""
-        kv = gather_kv(self._kv_caches[layer], block_ids, 0, num_tokens)
-        return kv[..., : self.geometry.head_size]
+            return of_layer
 
-    def _kept_of_tail(self, plan: CompressionPlan, block_ids: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            self._kept_of_tail_layer(plan, layer, block_ids)
-            for layer in range(self.geometry.num_layers)
-        ]
+        self.prompts.choose_waiting(list(blocks), keys, self._scale)
+        num_layers, device = self.geometry.num_layers, self.slot_of_block.device
+        masks = [self.prompts.take_masks(plan.slot, num_layers, device) for plan in plans]
+        return [mask[:, : plan.end] for mask, plan in zip(masks, plans, strict=True)]
 
-    def _kept_of_tail_layer(
-        self, plan: CompressionPlan, layer: int, block_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """The count rule within the tail, on this step's attention over the whole context."""
-        keys = self._keys(layer, block_ids, plan.end - plan.start)
-        mass = self._sum_over_ranks(self._tail_probes[layer].mass(plan.slot, keys))
-        return top_mask(mass, num_to_keep(mass, self.config))
+    def _kept_of_tails(self, plans: Sequence[CompressionPlan]) -> list[torch.Tensor]:
+        """The count rule within each tail, on this step's attention over its whole context."""
+        if not plans:
+            return []
+        assert self._tail_probes is not None
+        device = self.slot_of_block.device
+        tails = Sequences([plan.end - plan.start for plan in plans], device)
+        table = table_to_device([plan.dense_block_ids for plan in plans], device)
+        slots = to_device([plan.slot for plan in plans], device)
+        queries, lse = self._tail_probes.queries[:, slots], self._tail_probes.lse[:, slots]
+        mass = tail_scores(queries, lse, self._kv_caches, table, tails, self._scale)
+        mass = self._sum_over_ranks(mass)
+        kept = top_mask(mass, num_to_keep(mass, self.config, tails), tails)
+        return list(kept.split(tails.lengths, dim=1))

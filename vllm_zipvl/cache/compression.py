@@ -1,20 +1,25 @@
-"""Moving tokens of one request from dense blocks into heap pages, all layers in one pass."""
+"""Moving tokens of requests from dense blocks into heap pages, all layers in one pass."""
+
+from collections.abc import Sequence
 
 import torch
 
-from vllm_zipvl.cache.heap import PageHeap
+from vllm_zipvl.cache.heap import Moves, PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import table_to_device, to_device
 
 
-class Compression:
-    """A compression that was launched; a GPU may still be at it.
+class CompressionPass:
+    """Compressions that were launched together; a GPU may still be at it.
 
     Args:
-        figures: Pages in use, then tokens kept in each layer, int64 [1 + num_layers].
-        num_reserved_pages: Pages that the plan had room for.
+        figures: Of each plan, pages in use, then tokens kept in each layer, int64
+            [num_plans, 1 + num_layers].
+        num_reserved_pages: By plan id and in the same order, pages that the plan had room for.
     """
 
-    def __init__(self, figures: torch.Tensor, num_reserved_pages: int) -> None:
+    def __init__(self, figures: torch.Tensor, num_reserved_pages: dict[int, int]) -> None:
         self._num_reserved_pages = num_reserved_pages
         self._done: torch.cuda.Event | None = None
         if figures.is_cuda:
@@ -25,45 +30,51 @@ class Compression:
         else:
             self._figures = figures
 
-    def report(self) -> CompressionReport:
-        """The outcome; waits for it.
+    def reports(self) -> dict[int, CompressionReport]:
+        """The outcomes by plan id; waits for them.
 
         Raises:
             IndexError: The scheduler's reserve was too small.
         """
         if self._done is not None:
             self._done.synchronize()
-        num_pages, *num_kept = self._figures.tolist()
-        if num_pages > self._num_reserved_pages:
-            raise IndexError(f"{num_pages} pages do not fit into {self._num_reserved_pages}")
-        return CompressionReport(num_pages, num_kept)
+        reports = {}
+        for figures, (plan_id, num_reserved) in zip(
+            self._figures.tolist(), self._num_reserved_pages.items(), strict=True
+        ):
+            num_pages, *num_kept = figures
+            if num_pages > num_reserved:
+                raise IndexError(f"{num_pages} pages do not fit into {num_reserved}")
+            reports[plan_id] = CompressionReport(num_pages, num_kept)
+        return reports
 
 
 def compress(
-    plan: CompressionPlan,
-    kept: list[torch.Tensor],
-    kv_caches: list[torch.Tensor],
-    block_ids: torch.Tensor,
+    plans: Sequence[CompressionPlan],
+    kept: torch.Tensor,
+    kv_caches: Sequence[torch.Tensor],
     heap: PageHeap,
-) -> Compression:
-    """Copy tokens [start, end) into pages; dense blocks are only read.
+) -> CompressionPass:
+    """Copy each plan's tokens [start, end) into pages; dense blocks are only read.
 
     Args:
-        plan: Which tokens, from which blocks, into which.
-        kept: Per layer, bool mask [end - start] of the tokens kept at high precision.
+        plans: Which tokens, from which blocks, into which.
+        kept: The plans' tokens that are kept at high precision, bool [num_layers, num_tokens].
         kv_caches: Per layer, the dense blocks.
-        block_ids: Those of the plan, on the device.
         heap: Receives the pages.
     """
-    masks = torch.stack(kept)
-    num_pages = heap.move(
-        plan.slot,
-        kv_caches,
-        block_ids,
-        masks,
-        plan.heap_block_ids,
-        plan.first_page,
-        takes_norms=plan.start == 0,
+    device = kept.device
+    contexts = Sequences([plan.end - plan.start for plan in plans], device)
+    moves = Moves(
+        slots=to_device([plan.slot for plan in plans], device),
+        block_table=table_to_device([plan.dense_block_ids for plan in plans], device),
+        contexts=contexts,
+        heap_block_ids=[plan.heap_block_ids for plan in plans],
+        first_pages=to_device([plan.first_page for plan in plans], device),
+        is_first=[plan.start == 0 for plan in plans],
     )
-    num_reserved = len(plan.heap_block_ids) * heap.geometry.pages_per_block
-    return Compression(torch.cat([num_pages[None], masks.sum(1)]), num_reserved)
+    num_pages = heap.move(moves, kv_caches, kept)
+    figures = torch.cat([num_pages[:, None], contexts.counts(kept).t()], dim=1)
+    per_block = heap.geometry.pages_per_block
+    reserved = {plan.plan_id: len(plan.heap_block_ids) * per_block for plan in plans}
+    return CompressionPass(figures, reserved)

@@ -3,11 +3,15 @@
 Counts and page ids are tensors, so that a GPU need not be waited for.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import table_to_device, to_device
 from vllm_zipvl.ops.page_codec import PageTables, write_tokens
-from vllm_zipvl.ops.transfer import to_device
 
 
 class HeapTables:
@@ -47,6 +51,27 @@ class HeapTables:
         self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
 
+class Moves(NamedTuple):
+    """Tokens of several requests that move from dense blocks into pages at once.
+
+    Attributes:
+        slots: The requests' slots, int64 [num_requests].
+        block_table: Dense blocks of each one's tokens, integers [num_requests, any].
+        contexts: How many tokens each moves.
+        heap_block_ids: Each one's heap blocks, whose pages fill in this order.
+        first_pages: The first of their pages that is not in use yet, int64 [num_requests].
+        is_first: Whether these are its first tokens: a request's pages are read with one set of
+            key statistics.
+    """
+
+    slots: torch.Tensor
+    block_table: torch.Tensor
+    contexts: Sequences
+    heap_block_ids: list[list[int]]
+    first_pages: torch.Tensor
+    is_first: list[bool]
+
+
 class PageHeap:
     """Pages of all slots and layers, and the memory behind them.
 
@@ -70,88 +95,79 @@ class PageHeap:
         tables.key_norms[:, slot, 1].fill_(1)
 
     def move(
-        self,
-        slot: int,
-        kv_caches: list[torch.Tensor],
-        block_ids: torch.Tensor,
-        kept: torch.Tensor,
-        heap_block_ids: list[int],
-        first_page: int | torch.Tensor = 0,
-        *,
-        takes_norms: bool,
+        self, moves: Moves, kv_caches: Sequence[torch.Tensor], kept: torch.Tensor
     ) -> torch.Tensor:
-        """Copy a slot's next tokens from dense blocks, which are only read, into pages.
+        """Copy requests' next tokens from dense blocks, which are only read, into pages.
 
         Args:
-            slot: The request's slot.
+            moves: Whose tokens, from which blocks into which.
             kv_caches: Per layer, the dense blocks.
-            block_ids: Those of the tokens, integers [num_blocks].
             kept: Which tokens go to the high precision, bool [num_layers, num_tokens].
-            heap_block_ids: As for `take_pages`.
-            first_page: As for `take_pages`.
-            takes_norms: Whether these are the first tokens: a request's pages are read with one
-                set of statistics.
 
         Returns:
-            How many pages are in use now, int64 [].
+            How many pages each request has in use now, int64 [num_requests].
         """
-        num_tokens, tables = kept.shape[1], self.tables
-        num_kept = kept.sum(1)
+        tables, contexts = self.tables, moves.contexts
+        lengths = contexts.cu_seqlens.diff()
+        num_kept = contexts.counts(kept).int()
         has_rest = bool(self.geometry.low_bits)
-        num_rest = num_tokens - num_kept if has_rest else torch.zeros_like(num_kept)
-        num_new = torch.stack([num_kept, num_rest], dim=1).int()
-        before, num_pages = self.take_pages(slot, num_new, heap_block_ids, first_page)
-        pages, norms = tables.page_table[:, slot], tables.key_norms[:, slot]
-        page_tables = PageTables(self.memory, pages, before, norms, self.geometry)
-        write_tokens(kv_caches, block_ids, kept, page_tables, takes_norms=takes_norms)
-        tables.compressed_lens[slot].add_(num_tokens)
+        num_rest = lengths - num_kept if has_rest else torch.zeros_like(num_kept)
+        before, num_pages = self.take_pages(moves, torch.stack([num_kept, num_rest], dim=-1))
+        page_tables = PageTables(
+            self.memory, tables.page_table, moves.slots, before, tables.key_norms, self.geometry
+        )
+        write_tokens(kv_caches, moves.block_table, contexts, kept, page_tables, moves.is_first)
+        tables.compressed_lens.index_add_(0, moves.slots, lengths)
         return num_pages
 
-    def take_pages(
-        self,
-        slot: int,
-        num_new: torch.Tensor,
-        heap_block_ids: list[int],
-        first_page: int | torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Enter the pages that new tokens of a slot need into its table, layer by layer.
+    def take_pages(self, moves: Moves, num_new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enter the pages that new tokens need into their slots' tables, layer by layer.
 
         Args:
-            slot: The request's slot.
-            num_new: Tokens of each layer and precision, int32 [num_layers, 2]; 0 for evicted ones.
-            heap_block_ids: The request's heap blocks, whose pages fill in this order.
-            first_page: The first of their pages that is not in use yet.
+            moves: Whose tokens.
+            num_new: Tokens of each layer and precision, int32 [num_layers, num_requests, 2]; 0 for
+                evicted ones.
 
         Returns:
-            Tokens in pages before, int32 [num_layers, 2], and how many pages are in use now,
-            int64 []. More than the blocks hold means that the scheduler's reserve was too small:
-            then the last block's pages are named more than once.
+            Tokens in pages before, int32 [num_layers, num_requests, 2], and how many pages each
+            request has in use now, int64 [num_requests]. More than its blocks hold means that the
+            scheduler's reserve was too small: then the last block's pages are named more than once.
         """
-        geometry, device = self.geometry, num_new.device
-        table = self.tables.page_table[:, slot]
-        before = self.tables.page_counts[:, slot].clone()
-        self.tables.page_counts[:, slot] += num_new
+        geometry, device, slots = self.geometry, num_new.device, moves.slots
+        num_requests = len(slots)
+        before = self.tables.page_counts[:, slots]
+        self.tables.page_counts[:, slots] = before + num_new
         # Host arithmetic of `geometry.num_pages`, on tensors.
         capacity = [geometry.layout(bits).capacity if bits else 1 for bits in geometry.bits]
         capacities = to_device(capacity, device)
         held = (before + capacities - 1) // capacities
         needed = (before + num_new + capacities - 1) // capacities - held
-        ends = first_page + needed.flatten().cumsum(0)
-        starts = (ends - needed.flatten()).view_as(needed)
-        blocks = to_device(heap_block_ids or [0], device)
-        per_block, width = geometry.pages_per_block, table.shape[1]
+        # A request's pages fill layer by layer.
+        in_turn = needed.transpose(0, 1).flatten(1)
+        ends = moves.first_pages[:, None] + in_turn.cumsum(1)
+        starts = (ends - in_turn).unflatten(1, (-1, 2)).transpose(0, 1)
+        heap_blocks = table_to_device([ids or [0] for ids in moves.heap_block_ids], device)
+        last = to_device([max(len(ids), 1) - 1 for ids in moves.heap_block_ids], device)
+        per_block = geometry.pages_per_block
+        table = self.tables.page_table
+        num_layers, num_slots, width = table.shape
+        owner = torch.arange(num_layers, device=device)[:, None] * num_slots + slots
+        request = torch.arange(num_requests, device=device)[:, None]
         for precision, bits in enumerate(geometry.bits):
             if bits == 0:
                 continue
-            steps = torch.arange(width, device=device)
-            page = starts[:, precision, None] + steps
-            block = blocks[(page // per_block).clamp(max=len(blocks) - 1)]
+            most = geometry.num_pages(moves.contexts.max_length, bits)
+            steps = torch.arange(min(most, width), device=device)
+            page = starts[..., precision, None] + steps
+            block = heap_blocks[request, (page // per_block).minimum(last[:, None])]
             ids = (block * per_block + page % per_block).int()
-            column = held[:, precision, None] + steps
-            is_new = (steps < needed[:, precision, None]) & (column < width)
+            column = held[..., precision, None] + steps
+            is_new = (steps < needed[..., precision, None]) & (column < width)
             column = column % width
             if precision == 1:
                 column = width - 1 - column
-            # Every column is named once; those without a new page keep what they have.
-            table.scatter_(1, column, torch.where(is_new, ids, table.gather(1, column)))
-        return before, ends[-1]
+            # Every place is named once; those without a new page keep what they have.
+            place = owner[..., None] * width + column
+            entries = table.view(-1)
+            entries[place] = torch.where(is_new, ids, entries[place])
+        return before, ends[:, -1]

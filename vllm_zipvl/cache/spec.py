@@ -104,3 +104,9 @@ def make_tables(rules: CacheRules, vllm_config: VllmConfig, device: torch.device
     num_slots = vllm_config.scheduler_config.max_num_seqs + 1
     max_tokens = vllm_config.model_config.max_model_len if rules.config.compress else 0
     return HeapTables(rules.geometry, num_slots, max_tokens, device)
+
+
+def max_gathered_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of contexts that are gathered at once: a step's, or those of the longest request."""
+    max_new = vllm_config.scheduler_config.max_num_batched_tokens
+    return max(vllm_config.model_config.max_model_len, max_new)

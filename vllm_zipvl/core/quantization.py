@@ -83,6 +83,10 @@ def clip(x: torch.Tensor, bits: int) -> torch.Tensor:
     return x.clamp(mean - half_range, mean + half_range)
 
 
+MIN_KEY_SCALE = 1e-4
+"""Of a channel that hardly varies: float16 can hold it."""
+
+
 class KeyNorm(NamedTuple):
     """Channel statistics of a request's keys in one layer, [num_kv_heads, head_size] each.
 
@@ -103,8 +107,7 @@ def key_norm(keys: torch.Tensor) -> KeyNorm:
     keys = keys.to(torch.float32, copy=True)
     mean = keys.mean(0)
     std = keys.sub_(mean).square_().mean(0).sqrt()
-    # A channel that hardly varies keeps a scale that float16 can hold.
-    return KeyNorm(mean.half().float(), std.clamp(min=1e-4).half().float())
+    return KeyNorm(mean.half().float(), std.clamp(min=MIN_KEY_SCALE).half().float())
 
 
 def normalise_keys(kv: torch.Tensor, norm: KeyNorm) -> torch.Tensor:

@@ -1,24 +1,29 @@
 """How many tokens a layer keeps, and which (section 3.2 of arXiv 2410.08584).
 
-Counts stay tensors, so that nothing here waits for a GPU.
+Functions take the contexts of several requests laid end to end, [..., num_tokens], and choose in
+each by itself; without `contexts` there is one. Counts stay tensors, so that nothing here waits for
+a GPU.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.core.transfer import to_device
 
 
 class Selection(NamedTuple):
-    """The tokens that one layer keeps of a context of n tokens.
+    """The tokens that are kept of contexts.
 
     Attributes:
-        kept: Bool mask [n].
-        scores: Normalised scores [n], float32.
-        num_by_score: How many tokens the count rule asked for, int64 []; `kept` may hold more,
-            since the chunk's recent positions are always kept.
+        kept: Bool mask [..., num_tokens].
+        scores: Normalised scores, float32 [..., num_tokens].
+        num_by_score: How many tokens of each context the count rule asked for, int64
+            [..., num_contexts]; `kept` may hold more, since recent positions are always kept.
     """
 
     kept: torch.Tensor
@@ -26,49 +31,93 @@ class Selection(NamedTuple):
     num_by_score: torch.Tensor
 
 
-def num_for_mass(mass: torch.Tensor, tau: float) -> torch.Tensor:
-    """Fewest tokens, largest first, whose mass reaches `tau` of the whole, int64 [].
+def stack(layers: Iterable[Selection]) -> Selection:
+    """Selections of layers as one, with the layers first."""
+    return Selection(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
+
+
+def _contexts(like: torch.Tensor, contexts: Sequences | None) -> Sequences:
+    return contexts or Sequences([like.shape[-1]], like.device)
+
+
+def _descending(scores: torch.Tensor, contexts: Sequences) -> torch.Tensor:
+    """Tokens by score, largest first, context by context; among equals the lower position first."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    if len(contexts) > 1:
+        by_owner = torch.sort(contexts.owners[order], dim=-1, stable=True).indices
+        order = order.gather(-1, by_owner)
+    return order
+
+
+def num_for_mass(mass: torch.Tensor, tau: float, contexts: Sequences | None = None) -> torch.Tensor:
+    """Fewest tokens, largest first, whose mass reaches `tau` of a context's.
 
     Args:
-        mass: Attention mass per token, float32 [n], not negative.
-        tau: Share to reach; 1 keeps all n.
+        mass: Attention mass per token, float32 [..., num_tokens], not negative.
+        tau: Share to reach; 1 keeps all.
+        contexts: Whose tokens they are.
+
+    Returns:
+        int64 [..., num_contexts].
     """
+    contexts = _contexts(mass, contexts)
+    lengths = contexts.cu_seqlens.diff().long().expand(*mass.shape[:-1], -1)
     if tau >= 1:
-        return _count(mass.numel(), mass)
+        return lengths
     # A GPU adds up in an order that varies: in float64, ranks that hold the same mass still count
     # the same.
-    ordered = torch.sort(mass, descending=True, stable=True).values
-    running = ordered.cumsum(0, dtype=torch.float64)
-    reached = torch.searchsorted(running, running[-1:] * tau)[0]
-    return (reached + 1).clamp(max=mass.numel())
+    ordered = mass.gather(-1, _descending(mass, contexts))
+    running = ordered.cumsum(-1, dtype=torch.float64)
+    before = torch.nn.functional.pad(running, (1, 0))[..., contexts.cu_seqlens.long()]
+    goals = before[..., :-1] + before.diff(dim=-1) * tau
+    is_below = running < goals[..., contexts.owners]
+    return (contexts.counts(is_below) + 1).minimum(lengths)
 
 
-def num_to_keep(mass: torch.Tensor, config: ZipVLConfig) -> torch.Tensor:
-    """The count rule: by mass, or by a fixed ratio where one is set; int64 []."""
-    if config.ratio is not None:
-        return _count(math.ceil(config.ratio * mass.numel()), mass)
-    return num_for_mass(mass, config.tau)
+def num_to_keep(
+    mass: torch.Tensor, config: ZipVLConfig, contexts: Sequences | None = None
+) -> torch.Tensor:
+    """The count rule: by mass, or by a fixed ratio where one is set; as `num_for_mass`."""
+    if config.ratio is None:
+        return num_for_mass(mass, config.tau, contexts)
+    lengths = _contexts(mass, contexts).lengths
+    nums = [math.ceil(config.ratio * length) for length in lengths]
+    return to_device(nums, mass.device).expand(*mass.shape[:-1], -1)
 
 
-def keep_all(like: torch.Tensor) -> Selection:
-    """Every token of a context of as many as `like` [n] has, without scores."""
-    kept = torch.ones_like(like, dtype=torch.bool)
-    return Selection(kept, kept.float(), _count(kept.numel(), like))
+def top_mask(
+    scores: torch.Tensor, num: torch.Tensor | int, contexts: Sequences | None = None
+) -> torch.Tensor:
+    """The `num` largest scores of each context; among equals the lower position first.
+
+    Args:
+        scores: [..., num_tokens].
+        num: int64 [..., num_contexts], or one number for all.
+        contexts: Whose tokens they are.
+
+    Returns:
+        Bool mask [..., num_tokens].
+    """
+    contexts = _contexts(scores, contexts)
+    limits = num[..., contexts.owners] if isinstance(num, torch.Tensor) else num
+    order = _descending(scores, contexts)
+    is_top = (contexts.positions < limits).expand_as(order)
+    return torch.empty_like(is_top, memory_format=torch.contiguous_format).scatter_(
+        -1, order, is_top
+    )
 
 
-def _count(num: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.full((), num, dtype=torch.int64, device=like.device)
-
-
-def top_mask(scores: torch.Tensor, num: torch.Tensor | int) -> torch.Tensor:
-    """Bool mask [n] of the `num` largest scores; among equals the lower position first."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    is_top = torch.arange(scores.numel(), device=scores.device) < num
-    return torch.empty_like(is_top).scatter_(0, order, is_top)
+def recent_mask(num_recent: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """The last `num_recent` of one context's tokens, bool [num_tokens]."""
+    return torch.arange(num_tokens, device=device) >= num_tokens - num_recent
 
 
 def select(
-    mass: torch.Tensor, num_visible: torch.Tensor, num_recent: int, config: ZipVLConfig
+    mass: torch.Tensor,
+    num_visible: torch.Tensor,
+    is_recent: torch.Tensor,
+    config: ZipVLConfig,
+    contexts: Sequences | None = None,
 ) -> Selection:
     """Choose the kept tokens of one layer.
 
@@ -77,36 +126,43 @@ def select(
     in any case: the logits come from them.
 
     Args:
-        mass: Column sums of the probes' attention over probes and heads, float32 [n].
-        num_visible: Probes that may see each token, [n], at least 1 each.
-        num_recent: Last positions that are always kept.
+        mass: Column sums of the probes' attention over probes and heads, float32 [num_tokens].
+        num_visible: Probes that may see each token, [num_tokens], at least 1 each.
+        is_recent: What is always kept, bool [num_tokens].
         config: The count rule.
+        contexts: Whose tokens they are.
     """
-    num = num_to_keep(mass, config)
+    num = num_to_keep(mass, config, contexts)
     scores = mass / num_visible.to(mass.dtype)
-    kept = top_mask(scores, num)
-    kept[mass.numel() - num_recent :] = True
-    return Selection(kept, scores, num)
+    return Selection(top_mask(scores, num, contexts) | is_recent, scores, num)
 
 
-def cap_selections(
-    selections: list[Selection], num_recent: int, max_kept: float
-) -> list[torch.Tensor]:
-    """Bound the mean kept share over layers; returns one bool mask [n] per layer.
+def cap_selection(
+    selection: Selection,
+    is_recent: torch.Tensor,
+    max_kept: float,
+    contexts: Sequences | None = None,
+) -> torch.Tensor:
+    """Bound the mean kept share of each context over layers.
 
-    If all layers together keep more than `max_kept` of their tokens, every layer's count is
-    scaled by the same factor, smallest scores first to go; the last `num_recent` tokens stay.
+    If all layers together keep more than `max_kept` of a context's tokens, every layer's count is
+    scaled by the same factor, smallest scores first to go; recent tokens stay.
+
+    Args:
+        selection: Of all layers, [num_layers, num_tokens].
+        is_recent: What is always kept, bool [num_tokens].
+        max_kept: Upper bound of the share.
+        contexts: Whose tokens they are.
+
+    Returns:
+        Bool mask [num_layers, num_tokens].
     """
     if max_kept >= 1:
-        return [selection.kept for selection in selections]
-    num_tokens = selections[0].kept.numel()
-    counts = torch.stack([selection.num_by_score for selection in selections]).double()
-    total = torch.stack([selection.kept.sum() for selection in selections]).sum()
-    budget = max_kept * num_tokens * len(selections)
-    capped = (counts * (budget / counts.sum()).clamp(max=1)).floor().long()
-    masks = []
-    for selection, num in zip(selections, capped, strict=True):
-        kept = top_mask(selection.scores, num)
-        kept[num_tokens - num_recent :] = True
-        masks.append(torch.where(total > budget, kept, selection.kept))
-    return masks
+        return selection.kept
+    contexts = _contexts(is_recent, contexts)
+    wanted = selection.num_by_score.double()
+    budgets = max_kept * contexts.cu_seqlens.diff().double() * len(wanted)
+    capped = (wanted * (budgets / wanted.sum(0)).clamp(max=1)).floor().long()
+    is_over = contexts.counts(selection.kept).sum(0) > budgets
+    kept = top_mask(selection.scores, capped, contexts) | is_recent
+    return torch.where(is_over[contexts.owners], kept, selection.kept)

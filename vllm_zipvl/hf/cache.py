@@ -19,11 +19,19 @@ from vllm_zipvl.core.quantization import (
     quantise,
     rotate,
 )
-from vllm_zipvl.core.selection import Selection, cap_selections, num_to_keep, select, top_mask
+from vllm_zipvl.core.selection import (
+    Selection,
+    cap_selection,
+    num_to_keep,
+    recent_mask,
+    select,
+    stack,
+    top_mask,
+)
 
 _LAYER = "_zipvl_layer"
 
-Choose = Callable[[torch.Tensor, torch.Tensor, int, ZipVLConfig], Selection]
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ZipVLConfig], Selection]
 """`core.selection.select`, or what a study puts in its place."""
 
 
@@ -161,7 +169,8 @@ class ZipVLLayer(DynamicLayer):
         request.num_recent = len(recent)
         probes = np.concatenate([request.random_positions, recent])
         num_visible = torch.from_numpy(num_visible_probes(probes, end)).to(key.device)
-        return self.cache.choose(random_mass + recent_mass, num_visible, len(recent), config)
+        is_recent = recent_mask(len(recent), end, key.device)
+        return self.cache.choose(random_mass + recent_mass, num_visible, is_recent, config)
 
     def _mass(
         self,
@@ -262,7 +271,7 @@ class ZipVLCache(Cache):
         self.block_size = block_size
         self.choose = choose
         self.num_dense_layers = num_dense_layers
-        self._masks: dict[int, list[torch.Tensor]] = {}
+        self._masks: dict[int, torch.Tensor] = {}
 
     def compressible(self, num_tokens: int) -> int:
         """Tokens [0, end) of a context that may be compressed."""
@@ -274,13 +283,13 @@ class ZipVLCache(Cache):
         """What each layer chose in the newest chunk of a row's prompt."""
         return [layer.requests[row].selection for layer in self.layers]
 
-    def prompt_masks(self, row: int = 0) -> list[torch.Tensor]:
-        """What each layer keeps at `high_bits` of a complete prompt, bool [prompt_len]."""
+    def prompt_masks(self, row: int = 0) -> torch.Tensor:
+        """What layers keep at `high_bits` of a complete prompt, bool [num_layers, prompt_len]."""
         if row not in self._masks:
-            num_recent = self.layers[0].requests[row].num_recent
-            self._masks[row] = cap_selections(
-                self.selections(row), num_recent, self.config.max_kept
-            )
+            request, layers = self.layers[0].requests[row], self.selections(row)
+            device = layers[0].kept.device
+            is_recent = recent_mask(request.num_recent, request.prompt_len, device)
+            self._masks[row] = cap_selection(stack(layers), is_recent, self.config.max_kept)
         return self._masks[row]
 
 

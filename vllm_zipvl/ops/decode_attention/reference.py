@@ -14,6 +14,7 @@ import torch
 
 from vllm_zipvl.core.geometry import UNQUANTISED
 from vllm_zipvl.core.quantization import KeyNorm, fold_key_norm, rotate
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.dense_blocks import gather_kv
 from vllm_zipvl.ops.page_codec import read_pages
 
@@ -38,7 +39,10 @@ def _segments(
         kv = read_pages(context.heap, page_ids, num_tokens, bits, context.kv_cache.dtype, geometry)
         segments.append((kv, bits != UNQUANTISED))
     if context_len > tail_start:
-        tail = gather_kv(context.kv_cache, context.block_table[table_row], tail_start, context_len)
+        first_block = tail_start // context.kv_cache.shape[2]
+        blocks = context.block_table[table_row, None, first_block:]
+        length = Sequences([context_len - tail_start], blocks.device)
+        tail = gather_kv(context.kv_cache, blocks, length)
         segments.append((tail.float(), False))
     return segments
 

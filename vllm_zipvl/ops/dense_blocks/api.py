@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.dense_blocks import reference
 from vllm_zipvl.ops.lazy import numba_module, triton_module
 
@@ -37,17 +38,16 @@ def store_kv(
 
 
 def gather_kv(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, start: int, end: int
+    kv_cache: torch.Tensor, block_table: torch.Tensor, contexts: Sequences
 ) -> torch.Tensor:
-    """Copy tokens [start, end) of a sequence out of its blocks.
+    """Copy contexts out of their blocks, one after another.
 
     Args:
         kv_cache: One layer's blocks.
-        block_ids: The sequence's blocks from its first token on, integers [num_blocks].
-        start: First token.
-        end: Token after the last.
+        block_table: Blocks of each context from its first token on, integers [len(contexts), any].
+        contexts: How many tokens each has.
 
     Returns:
-        [end - start, num_kv_heads, 2 * head_size], contiguous.
+        [contexts.num_tokens, num_kv_heads, 2 * head_size], contiguous.
     """
-    return _implementation(kv_cache).gather_kv(kv_cache, block_ids, start, end)
+    return _implementation(kv_cache).gather_kv(kv_cache, block_table, contexts)

@@ -4,6 +4,7 @@ import numba
 import numpy as np
 import torch
 
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.threads import match_num_threads
 
 
@@ -27,12 +28,11 @@ def _store(key, value, kv_cache, slot_mapping):
                 kv_cache[block, head, offset, width + i] = value[token, head, i]
 
 
-@numba.njit("void(i8[:,:,:,:], i8[:], i8, i8[:,:,::1])", cache=True, parallel=True)
-def _gather(kv_cache, block_ids, start, out):
+@numba.njit("void(i8[:,:,:,:], i8[:], i8[:,:,::1])", cache=True, parallel=True)
+def _gather(kv_cache, block_ids, out):
     block_size = kv_cache.shape[2]
     for token in numba.prange(len(out)):
-        position = start + token
-        block, offset = block_ids[position // block_size], position % block_size
+        block, offset = block_ids[token // block_size], token % block_size
         for head in range(out.shape[1]):
             for i in range(out.shape[2]):
                 out[token, head, i] = kv_cache[block, head, offset, i]
@@ -47,10 +47,11 @@ def store_kv(
 
 
 def gather_kv(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, start: int, end: int
+    kv_cache: torch.Tensor, block_table: torch.Tensor, contexts: Sequences
 ) -> torch.Tensor:
     """See `api.gather_kv`."""
-    out = kv_cache.new_empty(end - start, kv_cache.shape[1], kv_cache.shape[3])
+    out = kv_cache.new_empty(contexts.num_tokens, kv_cache.shape[1], kv_cache.shape[3])
     match_num_threads()
-    _gather(_words(kv_cache), block_ids.long().numpy(), start, _words(out))
+    for blocks, tokens in zip(block_table.long(), contexts.slices(), strict=True):
+        _gather(_words(kv_cache), blocks.numpy(), _words(out[tokens]))
     return out

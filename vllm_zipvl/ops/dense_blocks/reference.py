@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_zipvl.core.sequences import Sequences
+
 
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -17,11 +19,12 @@ def store_kv(
 
 
 def gather_kv(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, start: int, end: int
+    kv_cache: torch.Tensor, block_table: torch.Tensor, contexts: Sequences
 ) -> torch.Tensor:
     """See `api.gather_kv`."""
     block_size = kv_cache.shape[2]
-    first = start // block_size
-    blocks = kv_cache[block_ids[first : -(-end // block_size)].long()]
-    tokens = blocks.transpose(1, 2).flatten(0, 1)
-    return tokens[start - first * block_size : end - first * block_size].contiguous()
+    parts = [
+        kv_cache[blocks[: -(-length // block_size)].long()].transpose(1, 2).flatten(0, 1)[:length]
+        for blocks, length in zip(block_table, contexts.lengths, strict=True)
+    ]
+    return torch.cat(parts)

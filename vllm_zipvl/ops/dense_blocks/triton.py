@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_zipvl.core.sequences import Sequences
+
 
 @triton.jit
 def _heads(
@@ -56,25 +58,28 @@ def _store(
 @triton.jit
 def _gather(
     kv_cache,
-    block_ids,
+    block_table,
+    owners,
+    cu_seqlens,
     out,
-    start,
     block_stride,
+    table_stride,
     num_kv_heads: tl.constexpr,
     heads_padded: tl.constexpr,
     width: tl.constexpr,
     width_padded: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64)
-    token = start + index
-    block = tl.load(block_ids + token // block_size).to(tl.int64)
-    source = block * block_stride + token % block_size * width
+    token = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + token)
+    position = token - tl.load(cu_seqlens + owner)
+    block = tl.load(block_table + owner * table_stride + position // block_size).to(tl.int64)
+    source = block * block_stride + position % block_size * width
     place, mask = _heads(
         source, block_size * width, num_kv_heads, heads_padded, width, width_padded
     )
     target, _ = _heads(
-        index * num_kv_heads * width, width, num_kv_heads, heads_padded, width, width_padded
+        token * num_kv_heads * width, width, num_kv_heads, heads_padded, width, width_padded
     )
     tl.store(out + target, tl.load(kv_cache + place, mask=mask), mask=mask)
 
@@ -111,20 +116,24 @@ def store_kv(
 
 
 def gather_kv(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, start: int, end: int
+    kv_cache: torch.Tensor, block_table: torch.Tensor, contexts: Sequences
 ) -> torch.Tensor:
     """See `api.gather_kv`."""
     _, num_kv_heads, _, width = kv_cache.shape
-    out = kv_cache.new_empty(end - start, num_kv_heads, width)
-    if end > start:
-        _gather[(end - start,)](
-            kv_cache,
-            block_ids,
-            out,
-            start,
-            kv_cache.stride(0),
-            width=width,
-            width_padded=triton.next_power_of_2(width),
-            **_heads_arguments(kv_cache),
-        )
+    out = kv_cache.new_empty(contexts.num_tokens, num_kv_heads, width)
+    if contexts.num_tokens == 0:
+        return out
+    block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    _gather[(contexts.num_tokens,)](
+        kv_cache,
+        block_table,
+        contexts.owners,
+        contexts.cu_seqlens,
+        out,
+        kv_cache.stride(0),
+        block_table.stride(0),
+        width=width,
+        width_padded=triton.next_power_of_2(width),
+        **_heads_arguments(kv_cache),
+    )
     return out

@@ -7,79 +7,69 @@ keys are stored normalised, quantised keys and values rotated and clipped (`core
 unquantised ones as they are.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, key_norm
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.dense_blocks import gather_kv
 from vllm_zipvl.ops.lazy import numba_module, triton_module
 from vllm_zipvl.ops.page_codec import reference
-
-
-class PageTables(NamedTuple):
-    """Where the tokens of one request go, in all layers.
-
-    Attributes:
-        heap: uint8 [num_pages, page_bytes].
-        pages: The request's pages, int32 [num_layers, width]: of kept tokens from the left, of the
-            rest from the right end.
-        before: Tokens in pages already, kept and rest, int32 [num_layers, 2].
-        norms: What quantised keys are normalised by, mean and scale, float32
-            [num_layers, 2, num_kv_heads, head_size].
-        geometry: Page shapes.
-    """
-
-    heap: torch.Tensor
-    pages: torch.Tensor
-    before: torch.Tensor
-    norms: torch.Tensor
-    geometry: PageGeometry
+from vllm_zipvl.ops.page_codec.tables import PageTables
 
 
 def write_tokens(
-    kv_caches: list[torch.Tensor],
-    block_ids: torch.Tensor,
+    kv_caches: Sequence[torch.Tensor],
+    block_table: torch.Tensor,
+    contexts: Sequences,
     kept: torch.Tensor,
     tables: PageTables,
-    takes_norms: bool,
+    is_first: Sequence[bool],
 ) -> None:
-    """Encode tokens of one request from dense blocks into pages, all layers.
+    """Encode tokens of several requests from dense blocks into pages, all layers.
 
     Args:
         kv_caches: Per layer, dense blocks [num_blocks, num_kv_heads, block_size, 2 * head_size].
-        block_ids: Blocks that hold the tokens, from the first on, integers [n].
+        block_table: Blocks that hold each request's tokens, from the first on, integers
+            [num_requests, any].
+        contexts: How many tokens each has.
         kept: Which tokens go to high precision, the rest to low, bool [num_layers, num_tokens].
         tables: Where they go; `heap` is written in place.
-        takes_norms: Take the tokens' own key statistics into `tables.norms` first.
+        is_first: Of each request, whether these are its first tokens, whose key statistics are
+            taken into `tables.key_norms` then.
     """
-    if takes_norms:
-        for norms, kv_cache in zip(tables.norms, kv_caches, strict=True):
-            kv = gather_kv(kv_cache, block_ids, 0, kept.shape[1])
-            norms.copy_(torch.stack(key_norm(kv.chunk(2, dim=-1)[0])))
     in_triton = triton_module("vllm_zipvl.ops.page_codec.triton", kept.device.type)
     if in_triton is not None:
-        in_triton.write_tokens(kv_caches, block_ids, kept, tables)
+        in_triton.write_tokens(kv_caches, block_table, contexts, kept, tables, is_first)
         return
     for layer, (mask, kv_cache) in enumerate(zip(kept, kv_caches, strict=True)):
-        kv = gather_kv(kv_cache, block_ids, 0, kept.shape[1])
-        _write_class(kv[mask], tables, layer, 0)
-        _write_class(kv[~mask], tables, layer, 1)
+        for row, tokens in enumerate(contexts.slices()):
+            own, blocks = mask[tokens], block_table[row, None]
+            kv = gather_kv(kv_cache, blocks, Sequences([len(own)], own.device))
+            if is_first[row]:
+                norm = key_norm(kv.chunk(2, dim=-1)[0])
+                tables.key_norms[layer, int(tables.slots[row])] = torch.stack(norm)
+            for precision, part in enumerate((own, ~own)):
+                _write_class(kv[part], tables, layer, row, precision)
 
 
-def _write_class(kv: torch.Tensor, tables: PageTables, layer: int, precision: int) -> None:
-    """One layer's tokens of one precision."""
-    geometry, pages = tables.geometry, tables.pages[layer]
+def _write_class(
+    kv: torch.Tensor, tables: PageTables, layer: int, row: int, precision: int
+) -> None:
+    """One layer's tokens of one request and precision."""
+    geometry, slot = tables.geometry, int(tables.slots[row])
     bits = geometry.bits[precision]
     if bits == 0 or len(kv) == 0:
         return
-    before, width = int(tables.before[layer, precision]), len(pages)
+    pages = tables.page_table[layer, slot]
+    before, width = int(tables.before[layer, row, precision]), len(pages)
     capacity = geometry.layout(bits).capacity
     first, end = before // capacity, geometry.num_pages(before + len(kv), bits)
     ids = pages[first:end] if precision == 0 else pages[width - end : width - first].flip(0)
-    norm = KeyNorm(*tables.norms[layer])
+    norm = KeyNorm(*tables.key_norms[layer, slot])
     write_pages(kv, tables.heap, ids, before - first * capacity, bits, geometry, norm)
 
 

@@ -1,9 +1,13 @@
-"""Attention of a chunk over its context, dense or gathered."""
+"""Attention of chunks over their contexts, dense or gathered.
+
+A kernel's module has `attend_chunks`, for all chunks at once, or `prefill_attention`, for one.
+"""
 
 from types import ModuleType
 
 import torch
 
+from vllm_zipvl.core.sequences import Chunks
 from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.prefill_attention import cpu, flash_attn, reference, sdpa, xformers
 
@@ -56,13 +60,12 @@ def _kernel(choice: str, query: torch.Tensor) -> ModuleType:
     return module
 
 
-def _check(query: torch.Tensor, key: torch.Tensor) -> None:
-    if query.shape[0] > key.shape[0]:
-        raise ValueError(f"{query.shape[0]} queries cannot be the last of {key.shape[0]} keys")
+def _as_chunks(query: torch.Tensor, key: torch.Tensor, chunks: Chunks | None) -> Chunks:
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"num_heads {query.shape[1]} must be a multiple of num_kv_heads {key.shape[1]}"
         )
+    return chunks or Chunks([len(query)], [len(key)], query.device)
 
 
 def prefill_attention(
@@ -71,28 +74,38 @@ def prefill_attention(
     value: torch.Tensor,
     scale: float,
     kernel: str = AUTO,
+    chunks: Chunks | None = None,
 ) -> torch.Tensor:
-    """Causal attention in which the queries are the last tokens of the keys.
+    """Causal attention in which the queries are the last tokens of their contexts.
 
-    Query i of m sees the first n - m + 1 + i of the n keys. A gathered subset in its original
-    order keeps that property, so sparse and dense prefill share this operation.
+    Query i of m sees the first n - m + 1 + i of its context's n keys. A gathered subset in its
+    original order keeps that property, so sparse and dense prefill share this operation.
 
     Args:
         query: [num_queries, num_heads, head_size].
-        key: [num_tokens, num_kv_heads, head_size], num_tokens at least num_queries.
+        key: [num_tokens, num_kv_heads, head_size].
         value: As `key`.
         scale: Softmax scale.
         kernel: "auto" or one of those that `find_kernel` knows.
+        chunks: Which queries and tokens belong together; without it all do.
 
     Returns:
         [num_queries, num_heads, head_size] in the dtype of `query`; sums are float32.
 
     Raises:
-        ValueError: There are more queries than keys, heads are not a multiple of KV heads, or the
-            kernel does not run here.
+        ValueError: A context has more queries than keys, heads are not a multiple of KV heads, or
+            the kernel does not run here.
     """
-    _check(query, key)
-    return _kernel(kernel, query).prefill_attention(query, key, value, scale)
+    chunks = _as_chunks(query, key, chunks)
+    module = _kernel(kernel, query)
+    if hasattr(module, "attend_chunks"):
+        return module.attend_chunks(query, key, value, chunks, None, scale)
+    if len(chunks.queries) == 1:
+        return module.prefill_attention(query, key, value, scale)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
+        out[own] = module.prefill_attention(query[own], key[tokens], value[tokens], scale)
+    return out
 
 
 def sparse_prefill_attention(
@@ -102,16 +115,18 @@ def sparse_prefill_attention(
     kept: torch.Tensor,
     scale: float,
     kernel: str = AUTO,
+    chunks: Chunks | None = None,
 ) -> torch.Tensor:
     """Causal attention among the kept tokens; the other queries give zeros.
 
     Args:
-        query: [num_queries, num_heads, head_size], the last tokens of the keys.
+        query: [num_queries, num_heads, head_size].
         key: [num_tokens, num_kv_heads, head_size].
         value: As `key`.
         kept: Bool mask [num_tokens].
         scale: Softmax scale.
         kernel: As for `prefill_attention`.
+        chunks: As for `prefill_attention`.
 
     Returns:
         As `prefill_attention`.
@@ -119,14 +134,14 @@ def sparse_prefill_attention(
     Raises:
         ValueError: As `prefill_attention`.
     """
-    _check(query, key)
+    chunks = _as_chunks(query, key, chunks)
     module = _kernel(kernel, query)
-    if hasattr(module, "sparse_prefill_attention"):
-        return module.sparse_prefill_attention(query, key, value, kept, scale)
-    if bool(kept.all()):
-        return module.prefill_attention(query, key, value, scale)
-    tokens = kept.nonzero().flatten()
-    queries = kept[len(key) - len(query) :].nonzero().flatten()
-    out = torch.zeros_like(query)
-    out[queries] = module.prefill_attention(query[queries], key[tokens], value[tokens], scale)
+    if hasattr(module, "attend_chunks"):
+        return module.attend_chunks(query, key, value, chunks, kept, scale)
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
+        mask = kept[tokens]
+        queries = own.start + mask[len(mask) - own.stop + own.start :].nonzero().flatten()
+        seen = tokens.start + mask.nonzero().flatten()
+        out[queries] = module.prefill_attention(query[queries], key[seen], value[seen], scale)
     return out

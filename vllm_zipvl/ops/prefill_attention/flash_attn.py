@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_zipvl.core.sequences import Chunks
+
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -48,61 +50,58 @@ def why_not(device: str, dtype: torch.dtype, head_size: int) -> str | None:
     return None
 
 
+def attend_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunks: Chunks,
+    kept: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """See `api.sparse_prefill_attention`; all tokens are kept if `kept` is None.
+
+    Waits for nothing on the device: all rows are gathered, the kept ones first, chunk by chunk. How
+    many those are only the device knows, and the kernel reads it there.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if len(query) == 0:
+        return out
+    if kept is None:
+        cu_seqlens = chunks.queries.cu_seqlens, chunks.contexts.cu_seqlens
+        return _attend(query, key, value, chunks, *cu_seqlens, scale)
+    is_kept_query = kept[chunks.places]
+    tokens = torch.argsort(~kept, stable=True)
+    queries = torch.argsort(~is_kept_query, stable=True)
+    packed = _attend(
+        query[queries], key[tokens], value[tokens], chunks,
+        chunks.queries.running_counts(is_kept_query).int(),
+        chunks.contexts.running_counts(kept).int(), scale,
+    )  # fmt: skip
+    # The kernel leaves the other rows as they were.
+    out[queries] = torch.where(is_kept_query[queries][:, None, None], packed, 0)
+    return out
+
+
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    ends: torch.Tensor,
+    chunks: Chunks,
+    cu_queries: torch.Tensor,
+    cu_tokens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of the first rows.
-
-    `ends` is int32 [2, 2]: 0 and how many queries count, 0 and how many keys.
-    """
+    """Causal attention of chunks whose rows `cu_queries` and `cu_tokens` name, [num_chunks + 1]."""
     found = find_varlen()
     assert found is not None
     return found.function(
         query,
         key,
         value,
-        max_seqlen_q=len(query),
-        cu_seqlens_q=ends[0],
-        max_seqlen_k=len(key),
-        cu_seqlens_k=ends[1],
+        max_seqlen_q=chunks.queries.max_length,
+        cu_seqlens_q=cu_queries,
+        max_seqlen_k=chunks.contexts.max_length,
+        cu_seqlens_k=cu_tokens,
         softmax_scale=scale,
         causal=True,
     )
-
-
-def prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """See `api.prefill_attention`."""
-    if len(query) == 0:
-        return torch.empty_like(query, memory_format=torch.contiguous_format)
-    ends = torch.zeros(2, 2, dtype=torch.int32, device=query.device)
-    ends[0, 1:].fill_(len(query))
-    ends[1, 1:].fill_(len(key))
-    return _attend(query, key, value, ends, scale)
-
-
-def sparse_prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """See `api.sparse_prefill_attention`; waits for nothing on the device.
-
-    All rows are gathered, the kept ones first. How many those are only the device knows, and the
-    kernel reads it there.
-    """
-    if len(query) == 0:
-        return torch.empty_like(query, memory_format=torch.contiguous_format)
-    is_kept_query = kept[len(key) - len(query) :]
-    ends = torch.zeros(2, 2, dtype=torch.int32, device=query.device)
-    ends[0, 1], ends[1, 1] = is_kept_query.sum(), kept.sum()
-    tokens = torch.argsort(~kept, stable=True)
-    queries = torch.argsort(~is_kept_query, stable=True)
-    packed = _attend(query[queries], key[tokens], value[tokens], ends, scale)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    # The kernel leaves the other rows as they were.
-    out[queries] = torch.where(is_kept_query[queries][:, None, None], packed, 0)
-    return out

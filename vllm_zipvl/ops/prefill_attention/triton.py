@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_zipvl.core.sequences import Chunks
 from vllm_zipvl.ops.tiles import dot, padded, rescale, rounded, tile_side
 
 
@@ -29,11 +30,13 @@ def _attend(
     key,
     value,
     out,
-    positions,
-    counts,
+    tiles,
+    cu_queries,
+    cu_tokens,
+    kept_queries,
+    kept_tokens,
+    order,
     scale,
-    all_queries,
-    all_tokens,
     query_stride,
     query_head_stride,
     key_stride,
@@ -46,22 +49,34 @@ def _attend(
     channels_padded: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """One program per tile of queries, the last first as they see most, and query head.
+    """One program per tile of a chunk's queries, the last first as they see most, and query head.
 
-    `positions` are those of the kept tokens, in order, and `counts` how many queries and tokens
-    are kept; both are ignored if all are.
+    `order` are the kept tokens of all contexts, one context after another, and `kept_queries` and
+    `kept_tokens` say where each one's begin; all three are ignored if all tokens are kept.
     """
-    num_queries, num_tokens = all_queries, all_tokens
-    if is_sparse:
-        num_queries, num_tokens = tl.load(counts), tl.load(counts + 1)
     index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    queries = index * tile + tl.arange(0, tile)
-    if index * tile < num_queries:
+    chunk, first = tl.load(tiles + 2 * index), tl.load(tiles + 2 * index + 1)
+    # From a query's place among all tokens to its row.
+    shift = tl.load(cu_queries + chunk + 1) - tl.load(cu_tokens + chunk + 1)
+    if is_sparse:
+        num_queries = tl.load(kept_queries + chunk + 1) - tl.load(kept_queries + chunk)
+        first_token = tl.load(kept_tokens + chunk)
+        num_tokens = tl.load(kept_tokens + chunk + 1) - first_token
+    else:
+        num_queries = tl.load(cu_queries + chunk + 1) - tl.load(cu_queries + chunk)
+        first_token = tl.load(cu_tokens + chunk)
+        num_tokens = tl.load(cu_tokens + chunk + 1) - first_token
+    queries = first + tl.arange(0, tile)
+    if first < num_queries:
         is_query = queries < num_queries
         last = num_tokens - num_queries + queries
-        rows = queries
         if is_sparse:
-            rows = tl.load(positions + last, mask=is_query, other=0) - (all_tokens - all_queries)
+            order += first_token
+            rows = tl.load(order + last, mask=is_query, other=0) + shift
+        else:
+            key += first_token.to(tl.int64) * key_stride
+            value += first_token.to(tl.int64) * value_stride
+            rows = first_token + last + shift
         q = _load_heads(
             query, rows, is_query, head, query_stride, query_head_stride, head_size,
             channels_padded,
@@ -69,13 +84,13 @@ def _attend(
         top = tl.full([tile], float("-inf"), tl.float32)
         total = tl.zeros([tile], tl.float32)
         sums = tl.zeros([tile, channels_padded], tl.float32)
-        end = tl.minimum(num_tokens, num_tokens - num_queries + (index + 1) * tile)
+        end = tl.minimum(num_tokens, num_tokens - num_queries + first + tile)
         for start in range(0, end, tile):
             ranks = start + tl.arange(0, tile)
             is_token = ranks < end
             tokens = ranks
             if is_sparse:
-                tokens = tl.load(positions + ranks, mask=is_token, other=0)
+                tokens = tl.load(order + ranks, mask=is_token, other=0)
             k = _load_heads(
                 key, tokens, is_token, head // group, key_stride, key_head_stride, head_size,
                 channels_padded,
@@ -98,55 +113,51 @@ def _attend(
         )
 
 
-def _launch(
+def attend_chunks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    chunks: Chunks,
+    kept: torch.Tensor | None,
     scale: float,
-    out: torch.Tensor,
-    positions: torch.Tensor | None = None,
-    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """See `api.sparse_prefill_attention`; all tokens are kept if `kept` is None.
+
+    Waits for nothing on the device.
+    """
     num_queries, num_heads, head_size = query.shape
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    kept_queries = kept_tokens = order = None
+    if kept is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    else:
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        kept_queries = chunks.queries.running_counts(kept[chunks.places]).int()
+        kept_tokens = chunks.contexts.running_counts(kept).int()
+        order = torch.argsort(~kept, stable=True).int()
     if num_queries == 0:
         return out
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     tile = tile_side(head_size, query.element_size())
-    _attend[(triton.cdiv(num_queries, tile), num_heads)](
+    tiles = chunks.queries.tiles(tile)
+    _attend[(len(tiles), num_heads)](
         query,
         key,
         value,
         out,
-        positions,
-        counts,
+        tiles,
+        chunks.queries.cu_seqlens,
+        chunks.contexts.cu_seqlens,
+        kept_queries,
+        kept_tokens,
+        order,
         scale,
-        num_queries,
-        key.shape[0],
         *query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
-        is_sparse=positions is not None,
+        is_sparse=kept is not None,
         group=num_heads // key.shape[1],
         head_size=head_size,
         channels_padded=padded(head_size),
         tile=tile,
     )
     return out
-
-
-def prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """See `api.prefill_attention`."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return _launch(query, key, value, scale, out)
-
-
-def sparse_prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """See `api.sparse_prefill_attention`; waits for nothing on the device."""
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    positions = torch.argsort(~kept, stable=True).int()
-    counts = torch.stack([kept[len(kept) - len(query) :].sum(), kept.sum()]).int()
-    return _launch(query, key, value, scale, out, positions, counts)

@@ -1,5 +1,5 @@
-"""Attention mass that the probes of a chunk put on every token of its context."""
+"""Attention mass that the probes of chunks put on every token of their contexts."""
 
-from vllm_zipvl.ops.probe_scores.api import ProbeMass, probe_scores
+from vllm_zipvl.ops.probe_scores.api import ProbeMass, ProbePlaces, probe_scores
 
-__all__ = ["ProbeMass", "probe_scores"]
+__all__ = ["ProbeMass", "ProbePlaces", "probe_scores"]

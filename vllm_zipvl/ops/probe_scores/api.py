@@ -4,8 +4,23 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.lazy import triton_module
 from vllm_zipvl.ops.probe_scores import reference
+
+
+class ProbePlaces(NamedTuple):
+    """Where the probes of several contexts are, laid end to end.
+
+    Attributes:
+        positions: In their own contexts, int64 [num_probes]; each sees keys 0 to itself.
+        is_random: Which of them are random ones, bool [num_probes].
+        contexts: How many of them each context has.
+    """
+
+    positions: torch.Tensor
+    is_random: torch.Tensor
+    contexts: Sequences
 
 
 class ProbeMass(NamedTuple):
@@ -17,9 +32,9 @@ class ProbeMass(NamedTuple):
 
 def probe_scores(
     queries: torch.Tensor,
-    positions: torch.Tensor,
-    num_random: int,
+    probes: ProbePlaces,
     keys: torch.Tensor,
+    contexts: Sequences,
     scale: float,
 ) -> ProbeMass:
     """Sum softmax(Q_probe K^T * scale) over probes and heads, for every visible key.
@@ -27,10 +42,10 @@ def probe_scores(
     Products of the inputs accumulate in float32; scores, softmax and sums are float32.
 
     Args:
-        queries: Probe queries, random ones first, [num_probes, num_heads, head_size].
-        positions: Position of each probe, int64 [num_probes]; it sees keys 0 to itself.
-        num_random: How many of the probes are random ones.
-        keys: All keys of the context, [num_tokens, num_kv_heads, head_size].
+        queries: Probe queries, [num_probes, num_heads, head_size].
+        probes: Where they are.
+        keys: All keys of all contexts, [num_tokens, num_kv_heads, head_size].
+        contexts: How many keys each context has.
         scale: Softmax scale.
 
     Raises:
@@ -42,4 +57,4 @@ def probe_scores(
         )
     in_triton = triton_module("vllm_zipvl.ops.probe_scores.triton", keys.device.type)
     implementation = in_triton or reference
-    return ProbeMass(*implementation.probe_scores(queries, positions, num_random, keys, scale))
+    return ProbeMass(*implementation.probe_scores(queries, probes, keys, contexts, scale))

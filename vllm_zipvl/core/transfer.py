@@ -20,3 +20,11 @@ def to_device(
         # From pageable memory the copy would wait for all that the GPU was asked to do before.
         tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=True)
+
+
+def table_to_device(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Rows of different lengths as one table, int64 [len(rows), longest]; zeros where they end."""
+    table = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    for place, row in zip(table, rows, strict=True):
+        place[: len(row)] = row
+    return to_device(table, device)

@@ -1,0 +1,115 @@
+"""What runs on a GPU in every step asks it for nothing: here on tensors that hold no values.
+
+Whatever needs a value on the host (a count, a mask as an index) fails on the meta device.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_zipvl.backend.metadata import ZipVLMetadata
+from vllm_zipvl.backend.tail import TailProbes
+from vllm_zipvl.backend.worker import ZipVLWorker
+from vllm_zipvl.cache import heap as heap_module
+from vllm_zipvl.cache.heap import HeapTables, PageHeap
+from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan
+from vllm_zipvl.cache.spec import CacheRules
+from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.ops.prefill_attention import flash_attn, sparse_prefill_attention
+
+META = torch.device("meta")
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 2, 4, 2, 32, 16
+NUM_BLOCKS, NUM_SLOTS, MAX_LEN = 64, 4, 512
+SCALE = HEAD_SIZE**-0.5
+
+
+def make_worker(config: ZipVLConfig) -> ZipVLWorker:
+    bits = (config.high_bits, config.low_bits)
+    geometry = PageGeometry(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, 4, BLOCK_SIZE, *bits)
+    worker = ZipVLWorker(CacheRules(config, geometry), lambda mass: mass, MAX_LEN)
+    heads = (NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+    blocks = torch.empty(NUM_BLOCKS, NUM_LAYERS, *heads, device=META)
+    tables = HeapTables(geometry, NUM_SLOTS + 1, MAX_LEN, META)
+    shape = (NUM_LAYERS, NUM_SLOTS + 1, NUM_HEADS, HEAD_SIZE)
+    worker._tail_probes = TailProbes(shape, torch.float32, META)
+    worker._kv_caches, worker._scale = list(blocks.unbind(1)), SCALE
+    memory = torch.empty(
+        NUM_BLOCKS * geometry.pages_per_block, geometry.page_bytes, dtype=torch.uint8, device=META
+    )
+    worker.heap = PageHeap(memory, geometry, tables)
+    worker.slot_of_block = torch.empty(NUM_BLOCKS, dtype=torch.int32, device=META)
+    return worker
+
+
+def varlen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """In the place of kernels, what leaves no trace but that it was called."""
+    written: list[torch.Tensor] = []
+    monkeypatch.setattr(flash_attn, "find_varlen", lambda: flash_attn.VarlenAttention(varlen, 3))
+    monkeypatch.setattr(flash_attn, "why_not", lambda *what: None)
+    monkeypatch.setattr(heap_module, "write_tokens", lambda *args: written.append(args[3]))
+    return written
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"ratio": 0.3}, {"tau": 1.0}, {"max_kept": 0.4}, {"low_bits": 0}], ids=str
+)
+def test_a_step_with_prompts_decodes_and_compressions(
+    settings: dict[str, Any], kernels: list[torch.Tensor]
+) -> None:
+    worker = make_worker(ZipVLConfig(min_tokens=64, probe_recent=16, probe_random=16, **settings))
+    chunks = [
+        ChunkPlan("a", 0, 1, 0, 100, True, False),
+        ChunkPlan("b", 1, 2, 96, 200, True, False),
+        ChunkPlan("c", 2, 3, 0, 50, True, False),
+    ]
+    plan = StepPlan([0, 1, 2], {1: 0, 2: 1, 3: 2, 4: 3}, chunks)
+    worker.begin_step(plan)
+    worker.note_rows(["d", "a", "b", "c"])
+    lengths = [1, 100, 104, 50]
+    metadata = ZipVLMetadata(
+        query_starts=np.cumsum([0, *lengths], dtype=np.int32),
+        seq_lens=torch.empty(4, dtype=torch.int32, device=META),
+        block_table=torch.empty(4, MAX_LEN // BLOCK_SIZE, dtype=torch.int32, device=META),
+        num_tokens=sum(lengths),
+        max_queries=max(lengths),
+    )
+    batch = metadata.resolve(worker, BLOCK_SIZE)
+    assert batch.decodes is not None
+    assert [len(rows.batch.chunks) for rows in batch.prompts] == [2, 1]
+    for rows in batch.prompts:
+        chunks_of_kind = rows.batch.rows
+        query = torch.empty(chunks_of_kind.queries.num_tokens, NUM_HEADS, HEAD_SIZE, device=META)
+        key = torch.empty(chunks_of_kind.contexts.num_tokens, NUM_KV_HEADS, HEAD_SIZE, device=META)
+        for layer in range(NUM_LAYERS):
+            kept = worker.prompts.select(layer, rows.batch, query, key, SCALE)
+            if kept is not None:
+                sparse_prefill_attention(query, key, key, kept, SCALE, "flash_attn", chunks_of_kind)
+    worker.compress_planned()
+    worker.end_step()
+
+    ends = {0: 96, 1: 192, 2: 48}
+    plans = [
+        CompressionPlan(slot, "r", slot, 0, end, end + 8, True, list(range(16)), [5, 6, 7], 0)
+        for slot, end in ends.items()
+    ]
+    plans.append(CompressionPlan(3, "d", 3, 64, 192, 200, False, list(range(8, 16)), [10], 4))
+    worker.begin_step(StepPlan(compressions=plans))
+    worker.compress_planned()
+    (kept,) = kernels
+    assert kept.shape == (NUM_LAYERS, sum(ends.values()) + 128)
+    assert worker._launched[0]._figures.shape == (4, 1 + NUM_LAYERS)
+
+
+def test_a_value_would_be_missed() -> None:
+    mask = torch.empty(3, dtype=torch.bool, device=META)
+    for ask in (mask.nonzero, mask.tolist, mask.any().item):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask()
