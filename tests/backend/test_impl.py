@@ -109,11 +109,11 @@ def test_a_profiling_run_takes_the_memory_of_the_longest_prompt(
         monkeypatch.setattr(impl_module, "_worker", lambda: None)
     layer = engine.layers["layers.1"]
     query, taken = torch.randn(8, NUM_HEADS, HEAD_SIZE), []
-    query.new_empty = taken.append
+    query.new_empty = lambda size, dtype: taken.append(size * dtype.itemsize)
     out = torch.full_like(query, torch.nan)
     assert not layer.impl.forward(layer, query, query, query, out, None, out).any()
     context = 64 * NUM_KV_HEADS * 2 * HEAD_SIZE
-    assert taken == ([] if is_planned else [2 * context + 2 * query.numel()])
+    assert taken == ([] if is_planned else [4 * (2 * context + 2 * query.numel())])
 
 
 def test_other_runs_between_steps_give_zeros(engine: Engine) -> None:

@@ -25,16 +25,25 @@ MAX_TOKENS = 40
 PROGRAM = """
 import json, sys
 from engines import draw_image, generate, prompt
+from vllm_zipvl.backend.worker import ZipVLWorker
 from zipvl_engine import assert_counted_whole, zipvl_engine
 
 model, zipvl, settings, words, question, max_tokens = json.loads(sys.argv[1])
 requests = [words, prompt(question, draw_image())]
+chunks_of_rows, told = ZipVLWorker.chunks_of_rows, []
+
+def noting_chunks_of_rows(worker, last_blocks):
+    told.append(worker._request_ids is not None)
+    return chunks_of_rows(worker, last_blocks)
+
+ZipVLWorker.chunks_of_rows = noting_chunks_of_rows
 with zipvl_engine(model, zipvl, **settings) as llm:
     assert llm.llm_engine.vllm_config.use_v2_model_runner
     tokens = generate(llm, requests, max_tokens)
     assert_counted_whole(llm)
+assert told and all(told), "a step with prompts had to ask whose the rows are"
 for operation in ("decode_attention", "dense_blocks", "page_codec", "prefill_attention",
-                  "probe_scores"):
+                  "probe_scores", "tail_scores"):
     assert f"vllm_zipvl.ops.{operation}.triton" in sys.modules, operation
 print("tokens", json.dumps(tokens))
 """

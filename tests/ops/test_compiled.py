@@ -146,7 +146,7 @@ def test_page_codec(compiled, bits, tmp_path) -> None:
 
     geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
     heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
-    norm = KeyNorm(torch.zeros(4, 128), torch.ones(4, 128))
+    norm = KeyNorm(torch.zeros(4, 128).half(), torch.ones(4, 128).half())
     kv = torch.zeros(64, 4, 256).bfloat16()
     write_pages(kv, heap, torch.arange(64).int(), 0, bits, geometry, norm)
     check(compiled, 1, tmp_path)
@@ -159,7 +159,7 @@ def test_page_codec_of_all_layers(compiled, tmp_path) -> None:
     heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
     caches = list(torch.zeros(2, 8, 4, 16, 256).bfloat16())
     pages, before = torch.zeros(2, 3, 32).int(), torch.zeros(2, 1, 2).int()
-    norms = torch.zeros(2, 3, 2, 4, 128)
+    norms = torch.zeros(2, 3, 2, 4, 128).half()
     tables = PageTables(heap, pages, torch.tensor([1]), before, norms, geometry)
     kept = torch.zeros(2, 64, dtype=torch.bool)
     write_tokens(caches, torch.arange(4)[None], one(64), kept, tables, [True])

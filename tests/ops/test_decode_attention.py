@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,13 @@ from kernels import IN_TRITON, INTERPRETED, implementations, kernels, numba_only
 
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm, hadamard, rotate
-from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention, reference
+from vllm_zipvl.ops.decode_attention import (
+    CachedContext,
+    DecodeRows,
+    decode_attention,
+    reference,
+    workspace_bytes,
+)
 from vllm_zipvl.ops.dense_blocks import store_kv
 from vllm_zipvl.ops.page_codec import read_pages, write_pages
 
@@ -112,6 +118,7 @@ def make_case(
     norms = torch.stack([torch.zeros(num_rows, *heads), torch.ones(num_rows, *heads)], dim=1)
     if normalised:
         norms = torch.stack([torch.randn(num_rows, *heads), torch.rand(num_rows, *heads) + 0.5], 1)
+    norms = norms.half()
     slots, starts, truth = torch.randperm(num_rows), [], []
     for row, counts in enumerate(shape):
         slot = int(slots[row])
@@ -377,3 +384,23 @@ def test_a_machine_without_avx512(tmp_path: Path) -> None:
 @numba_only
 def test_the_lookup_heeds_what_numba_leaves_out() -> None:
     run_without_avx512({"NUMBA_ENABLE_AVX": "0"})
+
+
+@pytest.mark.skipif(not IN_TRITON, reason="the kernels on a CPU work in the process's own memory")
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_call_takes_no_more_than_it_says(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, 4, 2)
+    case = make_case(geometry, torch.bfloat16, ROWS[:num_rows])
+    query = torch.randn(num_rows, 6, 64).bfloat16()
+    out, taken = torch.empty_like(query), []
+    empty = torch.empty
+
+    def noting_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        taken.append(empty(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", noting_empty)
+    decode_attention(query, case.context, case.rows, 0.1, out)
+    assert taken
+    used = sum(x.numel() * x.element_size() for x in taken)
+    assert used <= workspace_bytes(num_rows, 6, 2, 64, query.device)

@@ -161,7 +161,7 @@ def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, in
     heap, expected = make_heap(geometry, 500), make_heap(geometry, 500)
     pages = torch.randperm(500, dtype=torch.int32)[:480].view(num_layers, num_slots, 40)
     before = torch.zeros(num_layers, num_slots, 2, dtype=torch.int32)
-    norms = torch.full((num_layers, num_slots, 2, 3, 64), torch.nan)
+    norms = torch.full((num_layers, num_slots, 2, 3, 64), torch.nan).half()
     rounds = (
         {2: ([7, 2, 5], True), 0: ([4], True)},
         {3: ([1, 9], True), 2: ([8, 0], False), 0: ([11, 3, 6], False)},
@@ -182,7 +182,7 @@ def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, in
                 if is_first[row]:
                     keys = tokens[..., :64].float()
                     exact = torch.stack([keys.mean(0), keys.std(0, correction=0)])
-                    assert torch.allclose(norms[layer, slot], exact, atol=2e-3)
+                    assert torch.allclose(norms[layer, slot].float(), exact, atol=2e-3)
                 norm = KeyNorm(*norms[layer, slot])
                 for precision, part in enumerate((tokens[mask], tokens[~mask])):
                     if geometry.bits[precision] == 0:

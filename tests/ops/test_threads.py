@@ -6,6 +6,7 @@ import torch
 from kernels import numba_only
 
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import write_pages
@@ -26,7 +27,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def decode() -> None:
     cache, zero = torch.zeros(1, 1, 16, 128), torch.zeros(1, dtype=torch.int32)
     heap = cache.view(torch.uint8).view(-1, GEOMETRY.page_bytes)
-    counts, norms = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, 1, 64)
+    counts, norms = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, 1, 64).half()
     context = CachedContext(cache, heap, zero[None], counts, zero[None], GEOMETRY, norms)
     decode_attention(
         torch.zeros(1, 1, 64), context, DecodeRows(*[zero] * 4), 1.0, torch.empty(1, 1, 64)
@@ -39,7 +40,7 @@ def store() -> None:
 
 
 def gather() -> None:
-    gather_kv(torch.zeros(1, 1, 16, 128), torch.tensor([0]), 0, 1)
+    gather_kv(torch.zeros(1, 1, 16, 128), torch.tensor([[0]]), Sequences([1], torch.device("cpu")))
 
 
 def write() -> None:

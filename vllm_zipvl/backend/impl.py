@@ -18,7 +18,7 @@ from vllm_zipvl.cache.heap import HeapTables
 from vllm_zipvl.cache.spec import CacheRules, make_tables, max_gathered_tokens
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PAGE_TOKENS
-from vllm_zipvl.ops.decode_attention import decode_attention
+from vllm_zipvl.ops.decode_attention import decode_attention, workspace_bytes
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import (
     find_kernel,
@@ -95,7 +95,14 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         else:
             self._make_tables(vllm_config, config, dtype, device)
         # Of a length that vLLM has yet to find nothing can be held.
-        self.scratch_tokens = max_gathered_tokens(vllm_config) if self.tables else 0
+        self.gathered_tokens = max_gathered_tokens(vllm_config) if self.tables else 0
+        self.decode_bytes = workspace_bytes(
+            vllm_config.scheduler_config.max_num_seqs,
+            num_heads,
+            self.num_kv_heads,
+            head_size,
+            device,
+        )
         self.prefill_kernel = find_kernel(config.prefill_kernel, device.type, dtype, head_size)
         logger.info_once("zipvl: prefill attention by %s", self.prefill_kernel)
 
@@ -173,12 +180,14 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         return output
 
     def _take_scratch(self, query: torch.Tensor) -> None:
-        """Hold for a moment what prompts' chunks may take, so that memory profiling sees it.
+        """Hold for a moment what a step may take, so that memory profiling sees it.
 
-        Keys and values of the contexts, gathered from blocks, and the kept ones of them.
+        Of prompts, keys and values of their contexts, gathered from blocks, and the kept ones of
+        them; then, of decode rows, what their kernel works in.
         """
-        contexts = 2 * 2 * self.scratch_tokens * self.num_kv_heads * self.head_size
-        query.new_empty(contexts + 2 * query.numel())
+        contexts = 2 * 2 * self.gathered_tokens * self.num_kv_heads * self.head_size
+        prompt_bytes = (contexts + 2 * query.numel()) * query.element_size()
+        query.new_empty(max(prompt_bytes, self.decode_bytes), dtype=torch.uint8)
 
     def _attend_prompts(
         self,

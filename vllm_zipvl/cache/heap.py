@@ -23,7 +23,7 @@ class HeapTables:
         page_table: int32 [num_layers, num_slots, width]; kept tokens' pages from the left,
             the rest's from the right end.
         page_counts: int32 [num_layers, num_slots, 2], tokens in pages: kept, rest.
-        key_norms: float32 [num_layers, num_slots, 2, num_kv_heads, head_size].
+        key_norms: float16 [num_layers, num_slots, 2, num_kv_heads, head_size].
         compressed_lens: int32 [num_slots], tokens that are in pages or evicted.
 
     Args:
@@ -46,7 +46,7 @@ class HeapTables:
         self.page_counts = torch.zeros(*shape, 2, dtype=torch.int32, device=device)
         # What quantised keys are normalised by: mean and scale of each channel.
         heads = (2, geometry.num_kv_heads, geometry.head_size)
-        self.key_norms = torch.zeros(*shape, *heads, dtype=torch.float32, device=device)
+        self.key_norms = torch.zeros(*shape, *heads, dtype=torch.float16, device=device)
         self.key_norms[:, :, 1] = 1
         self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
 

@@ -88,7 +88,7 @@ MIN_KEY_SCALE = 1e-4
 
 
 class KeyNorm(NamedTuple):
-    """Channel statistics of a request's keys in one layer, [num_kv_heads, head_size] each.
+    """Channel statistics of a request's keys in one layer, float16 [num_kv_heads, head_size] each.
 
     Keys are stored as (k - mean) / scale. The scale folds into the query, and the mean adds
     q mean to every score of a query: q k = (q scale) ((k - mean) / scale) + q mean.
@@ -103,11 +103,11 @@ class KeyNorm(NamedTuple):
 
 
 def key_norm(keys: torch.Tensor) -> KeyNorm:
-    """Statistics of keys [num_tokens, num_kv_heads, head_size], float32 rounded to float16."""
+    """Statistics of keys [num_tokens, num_kv_heads, head_size]."""
     keys = keys.to(torch.float32, copy=True)
     mean = keys.mean(0)
     std = keys.sub_(mean).square_().mean(0).sqrt()
-    return KeyNorm(mean.half().float(), std.clamp(min=MIN_KEY_SCALE).half().float())
+    return KeyNorm(mean.half(), std.clamp(min=MIN_KEY_SCALE).half())
 
 
 def normalise_keys(kv: torch.Tensor, norm: KeyNorm) -> torch.Tensor:

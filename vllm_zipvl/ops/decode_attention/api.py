@@ -24,7 +24,7 @@ class CachedContext(NamedTuple):
         block_table: int32 [num_rows, max_blocks]: dense blocks of each row.
         geometry: Page shapes.
         key_norms: What quantised keys of each slot were normalised by, mean and scale,
-            float32 [num_slots, 2, num_kv_heads, head_size].
+            float16 [num_slots, 2, num_kv_heads, head_size].
     """
 
     kv_cache: torch.Tensor
@@ -60,6 +60,16 @@ def _implementation(query: torch.Tensor) -> ModuleType:
         or (device == "cpu" and numba_module("vllm_zipvl.ops.decode_attention.cpu"))
         or reference
     )
+
+
+def workspace_bytes(
+    num_queries: int, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
+) -> int:
+    """What a call takes at most of a GPU's memory while it runs, for as many queries or fewer."""
+    in_triton = triton_module("vllm_zipvl.ops.decode_attention.triton", device.type)
+    if in_triton is None:
+        return 0
+    return in_triton.workspace_bytes(num_queries, num_heads, num_kv_heads, head_size)
 
 
 def decode_attention(

@@ -134,7 +134,7 @@ def decode_attention(
     record = _record(shape)
     inputs = Inputs(
         queries=query.float().numpy(),
-        norms=context.key_norms.numpy(),
+        norms=context.key_norms.view(torch.uint16).numpy(),
         scale=np.float32(scale / math.log(2)),
         rotated=any(tokens.quantised for tokens in classes),
     )

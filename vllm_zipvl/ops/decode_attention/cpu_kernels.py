@@ -122,8 +122,9 @@ def _load_query(query, norm, scale, rotated, work, base, record, shape, index):
     turned = plain + shape.num_queries * shape.padded_size
     offset = np.float32(0)
     for channel in range(shape.head_size):
-        offset += work[_Index(plain + channel)] * norm[0, channel]
-        work[_Index(turned + channel)] = work[_Index(plain + channel)] * norm[1, channel]
+        offset += work[_Index(plain + channel)] * half_to_float(norm[0, channel])
+        scale_of_channel = half_to_float(norm[1, channel])
+        work[_Index(turned + channel)] = work[_Index(plain + channel)] * scale_of_channel
     _rotate(work, turned, shape.head_size)
     work[base + record.offsets + index] = -offset
     for channel in range(shape.head_size):

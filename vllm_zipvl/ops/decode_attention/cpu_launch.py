@@ -13,7 +13,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         queries: float32 [num_rows, num_heads, head_size].
-        norms: As in `CachedContext`.
+        norms: As in `CachedContext`, float16 as uint16.
         scale: Softmax scale over log 2.
         rotated: Whether any tokens are quantised.
     """

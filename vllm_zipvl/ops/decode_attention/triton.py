@@ -164,9 +164,26 @@ def _num_shares(num_programs: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return INTERPRETED_SHARES
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // num_programs)
+    wanted = max(1, _programs_at_once(device) // num_programs)
     return min(MAX_SHARES, 1 << (wanted.bit_length() - 1))
+
+
+def workspace_bytes(num_queries: int, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+    """See `api.workspace_bytes`."""
+    programs = num_queries * num_kv_heads * 3
+    if torch.cuda.is_available():
+        programs = max(programs, _programs_at_once(torch.device("cuda")))
+    else:
+        programs *= INTERPRETED_SHARES
+    # A sum, a maximum and a total of every share; queries in float32, scaled, and folded.
+    shares = programs * num_heads // num_kv_heads * (head_size + 2)
+    return torch.float32.itemsize * (shares + 3 * num_queries * num_heads * head_size)
+
+
+def _programs_at_once(device: torch.device) -> int:
+    """As many as give all processors of a GPU work; with fewer rows, contexts are cut."""
+    properties = torch.cuda.get_device_properties(device)
+    return PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
 
 
 def _layout(geometry: PageGeometry, bits: int) -> PageLayout:

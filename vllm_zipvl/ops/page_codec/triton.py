@@ -8,197 +8,17 @@ import triton
 import triton.language as tl
 
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
-from vllm_zipvl.core.quantization import MIN_KEY_SCALE, NORMAL_HALF_RANGE, KeyNorm, hadamard
+from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, hadamard
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.layers import Layers, find_layers
 from vllm_zipvl.ops.page_codec.tables import PageTables
+from vllm_zipvl.ops.page_codec.triton_norms import places_of, take_norms
+from vllm_zipvl.ops.page_codec.triton_quantise import encode_side
 from vllm_zipvl.ops.tiles import padded
 
 TILE_TOKENS = 32
 TILE_CHANNELS = 16
-_MIN_KEY_SCALE = tl.constexpr(MIN_KEY_SCALE)
-_HALF_LIMIT = tl.constexpr(torch.finfo(torch.float16).max)
-
-
-@triton.jit
-def _rotated(
-    source,
-    norms,
-    rotation,
-    is_token,
-    columns,
-    is_column,
-    head_size: tl.constexpr,
-    channels_padded: tl.constexpr,
-    tile_channels: tl.constexpr,
-    normalises: tl.constexpr,
-):
-    """Some columns of one side of a tile's tokens after the rotation.
-
-    In tiles of channels, since a thread cannot hold its part of the whole rotation.
-    """
-    sums = tl.zeros([is_token.shape[0], columns.shape[0]], tl.float32)
-    for first in range(0, channels_padded, tile_channels):
-        channels = first + tl.arange(0, tile_channels)
-        is_channel = channels < head_size
-        mask = is_token[:, None] & is_channel[None, :]
-        x = tl.load(source[:, None] + channels[None, :], mask=mask, other=0).to(tl.float32)
-        if normalises:
-            mean = tl.load(norms + channels, mask=is_channel, other=0)
-            scale = norms + tl.num_programs(1) * head_size
-            scale = tl.load(scale + channels, mask=is_channel, other=1)
-            x = tl.where(mask, (x - mean[None, :]) / scale[None, :], 0.0)
-        square = channels[:, None] * head_size + columns[None, :]
-        mask = is_channel[:, None] & is_column[None, :]
-        turn = tl.load(rotation + square, mask=mask, other=0)
-        # As exact as float32, on tensor cores: each factor is a sum of two of tf32.
-        sums += tl.dot(x, turn, input_precision="tf32x3")
-    return sums
-
-
-@triton.jit
-def _range(y, is_channel, head_size: tl.constexpr, half_range: tl.constexpr):
-    """Smallest and largest of each vector after clipping; NaN where the vector has none."""
-    low = tl.min(tl.where(is_channel[None, :], y, float("inf")), axis=1)
-    high = tl.max(tl.where(is_channel[None, :], y, float("-inf")), axis=1)
-    if half_range > 0:
-        mean = tl.sum(tl.where(is_channel[None, :], y, 0.0), axis=1) / head_size
-        away = tl.where(is_channel[None, :], y - mean[:, None], 0.0)
-        reach = half_range * tl.sqrt(tl.sum(away * away, axis=1) / head_size)
-        low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
-        is_range = mean - reach == mean - reach
-    else:
-        is_range = tl.sum(tl.where(is_channel[None, :] & (y != y), 1, 0), axis=1) == 0
-    nan = float("nan")
-    return tl.where(is_range, low, nan), tl.where(is_range, high, nan)
-
-
-@triton.jit
-def _to_half(x):
-    """Rounded to float16 within its finite range; NaN stays."""
-    bounded = tl.minimum(tl.maximum(x, -_HALF_LIMIT), _HALF_LIMIT)
-    return tl.where(x == x, bounded, x).to(tl.float16)
-
-
-@triton.jit
-def _encode_side(
-    source,
-    norms,
-    rotation,
-    heap,
-    parameters,
-    is_token,
-    head_size: tl.constexpr,
-    channels_padded: tl.constexpr,
-    tile_channels: tl.constexpr,
-    bits: tl.constexpr,
-    code_bytes: tl.constexpr,
-    bytes_padded: tl.constexpr,
-    capacity: tl.constexpr,
-    half_range: tl.constexpr,
-    normalises: tl.constexpr,
-):
-    """Write codes to `heap` and scale and zero to `parameters`, pointers [tile_tokens] each."""
-    channels = tl.arange(0, channels_padded)
-    is_channel = channels < head_size
-    y = _rotated(
-        source, norms, rotation, is_token, channels, is_channel, head_size, channels_padded,
-        tile_channels, normalises,
-    )  # fmt: skip
-    low, high = _range(y, is_channel, head_size, half_range)
-    levels: tl.constexpr = 2**bits - 1
-    zero = _to_half(low)
-    scale = _to_half(tl.maximum((high - zero.to(tl.float32)) / levels, 0.0))
-    tl.store(parameters, scale, mask=is_token)
-    tl.store(parameters + capacity, zero, mask=is_token)
-    step = scale.to(tl.float32)
-    per_step = tl.where(step > 0, 1 / tl.where(step > 0, step, 1.0), 0.0)
-    # Byte j holds the codes of channels j, j + code_bytes, ...: one product for each.
-    places = tl.arange(0, bytes_padded)
-    packed = tl.zeros([is_token.shape[0], bytes_padded], tl.int32)
-    for part in tl.static_range(8 // bits):
-        y = _rotated(
-            source, norms, rotation, is_token, part * code_bytes + places, places < code_bytes,
-            head_size, channels_padded, tile_channels, normalises,
-        )  # fmt: skip
-        y = tl.minimum(tl.maximum(y, low[:, None]), high[:, None])
-        code = (y - zero.to(tl.float32)[:, None]) * per_step[:, None]
-        # To the nearest, ties to even as torch rounds: adding 1.5 * 2^23 drops the fraction.
-        code = (code + 12582912.0) - 12582912.0
-        code = tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), levels), 0.0)
-        packed |= code.to(tl.int32) << (bits * part)
-    mask = is_token[:, None] & (places < code_bytes)[None, :]
-    tl.store(heap[:, None] + places[None, :], packed.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _places(
-    layer_starts, block_table, row, layer, head, positions, is_token, table_stride, block_stride,
-    head_stride, token_stride, block_size: tl.constexpr,
-):  # fmt: skip
-    """Elements of the layer that comes first from which on the row's tokens have their keys."""
-    entry = block_table + row * table_stride + positions // block_size
-    block = tl.load(entry, mask=is_token, other=0).to(tl.int64)
-    place = tl.load(layer_starts + layer) + block * block_stride + head * head_stride
-    return place + positions % block_size * token_stride
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def _key_norms(
-    dense,
-    layer_starts,
-    block_table,
-    cu_seqlens,
-    slots,
-    is_first,
-    norms,
-    table_stride,
-    block_stride,
-    head_stride,
-    token_stride,
-    norm_layer_stride,
-    norm_slot_stride,
-    block_size: tl.constexpr,
-    head_size: tl.constexpr,
-    channels_padded: tl.constexpr,
-    tile_tokens: tl.constexpr,
-):
-    """Mean and deviation of a row's keys; one program per row, KV head and layer."""
-    row, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if tl.load(is_first + row) != 0:
-        num_tokens = tl.load(cu_seqlens + row + 1) - tl.load(cu_seqlens + row)
-        channels = tl.arange(0, channels_padded)
-        is_channel = channels < head_size
-        mean = tl.zeros([channels_padded], tl.float32)
-        squares = tl.zeros([channels_padded], tl.float32)
-        for turn in tl.static_range(2):
-            sums = tl.zeros([channels_padded], tl.float32)
-            for first in range(0, num_tokens, tile_tokens):
-                positions = first + tl.arange(0, tile_tokens)
-                is_token = positions < num_tokens
-                place = _places(
-                    layer_starts, block_table, row, layer, head, positions, is_token, table_stride,
-                    block_stride, head_stride, token_stride, block_size,
-                )  # fmt: skip
-                mask = is_token[:, None] & is_channel[None, :]
-                x = tl.load(dense + place[:, None] + channels[None, :], mask=mask, other=0)
-                x = x.to(tl.float32)
-                if turn == 1:
-                    x = tl.where(mask, x - mean[None, :], 0.0)
-                    x = x * x
-                sums += tl.sum(x, axis=0)
-            if turn == 0:
-                mean = sums / num_tokens
-            else:
-                squares = sums / num_tokens
-        deviation = tl.sqrt(squares)
-        deviation = tl.where(deviation < _MIN_KEY_SCALE, _MIN_KEY_SCALE, deviation)
-        slot = tl.load(slots + row)
-        target = norms + layer * norm_layer_stride + slot * norm_slot_stride + head * head_size
-        tl.store(target + channels, mean.to(tl.float16).to(tl.float32), mask=is_channel)
-        target += tl.num_programs(1) * head_size
-        tl.store(target + channels, deviation.to(tl.float16).to(tl.float32), mask=is_channel)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "block_table_stride"])
@@ -260,7 +80,7 @@ def _encode(
         start = tl.load(cu_seqlens + row)
         place = start + index + (tl.load(counted) if precision == 1 else 0)
         token = tl.load(order + layer * num_tokens + place, mask=is_token, other=0)
-        source = dense + _places(
+        source = dense + places_of(
             layer_starts, block_table, row, layer, head, token - start, is_token,
             block_table_stride, block_stride, head_stride, token_stride, block_size,
         )  # fmt: skip
@@ -283,7 +103,7 @@ def _encode(
             own_norms += head * head_size
             parameter = parameters + (base + 2 * capacity * code_bytes) // 2 + slot
             for side in tl.static_range(2):
-                _encode_side(
+                encode_side(
                     source + side * head_size, own_norms, rotation,
                     heap + base + (side * capacity + slot) * code_bytes,
                     parameter + 2 * side * capacity, is_token, head_size, channels_padded,
@@ -307,33 +127,6 @@ def _page_arguments(bits: int, geometry: PageGeometry) -> dict[str, int | float]
         "tile_tokens": TILE_TOKENS,
         "tile_channels": TILE_CHANNELS,
     }
-
-
-def write_pages(
-    kv: torch.Tensor,
-    heap: torch.Tensor,
-    page_ids: torch.Tensor,
-    first_slot: int,
-    bits: int,
-    geometry: PageGeometry,
-    norm: KeyNorm | None,
-) -> None:
-    """See `api.write_pages`."""
-    num_tokens, device = len(kv), kv.device
-    if num_tokens == 0:
-        return
-    norms = torch.stack(norm) if norm else kv.new_empty(2, 0, dtype=torch.float32)
-    first = to_device([(first_slot, 0)], device, torch.int32)
-    # Tokens one after another are blocks of one token, and the table is one of one slot.
-    tables = PageTables(
-        heap, page_ids[None, None], to_device([0], device), first[None], norms[None, None], geometry
-    )
-    every = torch.arange(num_tokens, dtype=torch.int32, device=device)
-    rows = Rows(
-        find_layers([kv[:, :, None]]), every[None], Sequences([num_tokens], device), every[None],
-        to_device([(num_tokens, 0)], device, torch.int32)[None],
-    )  # fmt: skip
-    _write_class(rows, tables, 0, bits, normalises=bits != UNQUANTISED and norm is not None)
 
 
 class Rows(NamedTuple):
@@ -392,31 +185,31 @@ def _write_class(
     )
 
 
-def _take_norms(
-    layers: Layers,
-    block_table: torch.Tensor,
-    contexts: Sequences,
-    tables: PageTables,
-    is_first: Sequence[bool],
+def write_pages(
+    kv: torch.Tensor,
+    heap: torch.Tensor,
+    page_ids: torch.Tensor,
+    first_slot: int,
+    bits: int,
+    geometry: PageGeometry,
+    norm: KeyNorm | None,
 ) -> None:
-    """Take key statistics of the rows that have none yet."""
-    dense, geometry = layers.first, tables.geometry
-    _key_norms[(len(contexts), geometry.num_kv_heads, len(layers.starts))](
-        dense,
-        layers.starts,
-        block_table,
-        contexts.cu_seqlens,
-        tables.slots,
-        to_device(list(is_first), dense.device),
-        tables.key_norms,
-        block_table.stride(0),
-        *dense.stride()[:3],
-        *tables.key_norms.stride()[:2],
-        block_size=dense.shape[2],
-        head_size=geometry.head_size,
-        channels_padded=padded(geometry.head_size),
-        tile_tokens=TILE_TOKENS,
+    """See `api.write_pages`."""
+    num_tokens, device = len(kv), kv.device
+    if num_tokens == 0:
+        return
+    norms = torch.stack(norm) if norm else kv.new_empty(2, 0, dtype=torch.float16)
+    first = to_device([(first_slot, 0)], device, torch.int32)
+    # Tokens one after another are blocks of one token, and the table is one of one slot.
+    tables = PageTables(
+        heap, page_ids[None, None], to_device([0], device), first[None], norms[None, None], geometry
     )
+    every = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    rows = Rows(
+        find_layers([kv[:, :, None]]), every[None], Sequences([num_tokens], device), every[None],
+        to_device([(num_tokens, 0)], device, torch.int32)[None],
+    )  # fmt: skip
+    _write_class(rows, tables, 0, bits, normalises=bits != UNQUANTISED and norm is not None)
 
 
 def write_tokens(
@@ -430,7 +223,7 @@ def write_tokens(
     """See `api.write_tokens`: one launch per precision for all rows and layers."""
     layers = find_layers(kv_caches)
     if any(is_first):
-        _take_norms(layers, block_table, contexts, tables, is_first)
+        take_norms(layers, block_table, contexts, tables, is_first)
     num_kept = contexts.counts(kept)
     counts = torch.stack([num_kept, contexts.cu_seqlens.diff() - num_kept], dim=-1).int()
     order = torch.argsort(2 * contexts.owners + ~kept, dim=1, stable=True).int()
