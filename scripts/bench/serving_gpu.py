@@ -263,8 +263,8 @@ def decode_step(processes: Sequence[Host], folder: Path, effort: GpuEffort) -> I
     """Steps that only decode: their time, what they wait for, and whether they are captured.
 
     Raises:
-        RuntimeError: A step of this package's made the host wait for the GPU, or was not one
-            CUDA graph.
+        RuntimeError: A step of this package's made the host wait for the GPU, or a decode step was
+            not one CUDA graph.
     """
     host = processes[0]
     number, words, steps = STEP_REQUESTS, STEP_WORDS, STEP_REPETITIONS
@@ -291,6 +291,7 @@ def decode_step(processes: Sequence[Host], folder: Path, effort: GpuEffort) -> I
             found[0].seconds,
             replays_per_step=found[-1].replays / steps,
             syncs=found[-1].syncs,
+            prompt_syncs=found[-1].prompt_syncs,
         )
     if not effort.is_dry:
         found[-1].check()

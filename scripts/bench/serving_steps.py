@@ -1,4 +1,4 @@
-"""Steps that only decode, in the process of their engine: time, waits for the GPU, CUDA graphs."""
+"""Steps in the process of their engine: waits for the GPU; of decode steps also time and graphs."""
 
 import time
 import traceback
@@ -30,6 +30,7 @@ class Steps(NamedTuple):
         replays: Of CUDA graphs.
         syncs: How often the host waited, by the place in the code: the innermost one in this
             package where there is one. Block boundaries are crossed meanwhile.
+        prompt_syncs: The same of the steps before, with prompts and their compression.
         profile: The kernels that took the most time.
     """
 
@@ -37,22 +38,26 @@ class Steps(NamedTuple):
     num_steps: int
     replays: int
     syncs: dict[str, int]
+    prompt_syncs: dict[str, int]
     profile: str
 
     def text(self) -> str:
         waits = "".join(f"\n  waits {n} x at {place}" for place, n in self.syncs.items())
+        for place, n in self.prompt_syncs.items():
+            waits += f"\n  with prompts waits {n} x at {place}"
         head = f"{1000 * self.seconds:.3f} ms a step, {self.replays} graph replays in "
         return f"{head}{self.num_steps} steps{waits}\n{self.profile}"
 
     def check(self) -> None:
-        """One graph a step, and no wait in this package's code.
+        """One graph a decode step, and no wait in this package's code.
 
         Raises:
             RuntimeError: Otherwise.
         """
-        ours = {place: number for place, number in self.syncs.items() if place.startswith(PACKAGE)}
-        if ours:
-            raise RuntimeError(f"decode steps wait for the GPU: {ours}")
+        for steps, places in (("decode", self.syncs), ("prompt", self.prompt_syncs)):
+            ours = {place: n for place, n in places.items() if place.startswith(PACKAGE)}
+            if ours:
+                raise RuntimeError(f"{steps} steps wait for the GPU: {ours}")
         # Asynchronous scheduling can be one step ahead.
         if abs(self.replays - self.num_steps) > 1:
             raise RuntimeError(f"{self.replays} graph replays in {self.num_steps} decode steps")
@@ -70,9 +75,10 @@ def observe(requests: list[Request], num_steps: int) -> Steps:
         parameters = serving_engine.parameters(max_tokens)
         engine.add_request(f"step-{request.seed}", prompt, parameters)
     num_tokens: dict[str, int] = {}
-    while len(num_tokens) < len(requests) or min(num_tokens.values()) < SETTLED:
-        for output in engine.step():
-            num_tokens[output.request_id] = len(output.outputs[0].token_ids)
+    with _syncs(is_cuda) as prompt_syncs:
+        while len(num_tokens) < len(requests) or min(num_tokens.values()) < SETTLED:
+            for output in engine.step():
+                num_tokens[output.request_id] = len(output.outputs[0].token_ids)
     if max(num_tokens.values()) > max_tokens - 2 * num_steps - PROFILED:
         raise RuntimeError(f"the requests began too far apart: {num_tokens}")
 
@@ -92,7 +98,8 @@ def observe(requests: list[Request], num_steps: int) -> Steps:
     profile = _profile(lambda: run(PROFILED), is_cuda)
     while engine.has_unfinished_requests():
         engine.step()
-    return Steps(seconds, num_steps, replays.call_count, dict(syncs), profile)
+    counts = dict(syncs), dict(prompt_syncs)
+    return Steps(seconds, num_steps, replays.call_count, *counts, profile)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ that types, alignments and constants are those of real calls.
 """
 
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,48 @@ def test_tail_scores(compiled, dtype, tmp_path) -> None:
     queries, lse = torch.zeros(2, 1, 28, 128).to(dtype), torch.zeros(2, 1, 28)
     tail_scores(queries, lse, caches, torch.arange(4)[None], one(64), 0.1)
     check(compiled, 1, tmp_path)
+
+
+def test_sizes_of_steps_share_one_kernel(compiled) -> None:
+    """So that nothing is compiled while requests wait but what start-up has compiled."""
+    from vllm_zipvl.ops.decode_attention.triton import decode_attention
+    from vllm_zipvl.ops.dense_blocks.triton import gather_kv
+    from vllm_zipvl.ops.page_codec.triton import write_tokens
+    from vllm_zipvl.ops.prefill_attention.triton import attend_chunks
+    from vllm_zipvl.ops.probe_scores.triton import probe_scores
+    from vllm_zipvl.ops.tail_scores.triton import tail_scores
+
+    geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
+    heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
+    caches = list(torch.zeros(2, 40, 4, 16, 256).bfloat16())
+    pages, norms = torch.zeros(2, 9, 32).int(), torch.zeros(2, 9, 2, 4, 128).half()
+    for lengths in ([1], [16], [17, 5, 300], [64] * 8):
+        sequences = Sequences(lengths, CPU)
+        num_rows, num_tokens = len(lengths), sequences.num_tokens
+        query, kv = torch.zeros(num_tokens, 28, 128).bfloat16(), caches[0].new_zeros(1)
+        kv = kv.expand(num_tokens, 4, 128).contiguous()
+        table = torch.zeros(num_rows, -(-max(lengths) // 16)).int()
+        gather_kv(caches[0], table, sequences)
+        places = ProbePlaces(sequences.positions, sequences.positions < 3, sequences)
+        probe_scores(query, places, kv, sequences, 0.1)
+        attend_chunks(query, kv, kv, Chunks(lengths, lengths, CPU), None, 0.1)
+        queries, lse = torch.zeros(2, num_rows, 28, 128).bfloat16(), torch.zeros(2, num_rows, 28)
+        tail_scores(queries, lse, caches, table, sequences, 0.1)
+        slots, before = torch.arange(num_rows), torch.zeros(2, num_rows, 2).int()
+        tables = PageTables(heap, pages, slots, before, norms, geometry)
+        kept = torch.zeros(2, num_tokens, dtype=torch.bool)
+        write_tokens(caches, table, sequences, kept, tables, [True] * num_rows)
+    for num_rows in (1, 2):
+        for width in (1, 16, 17):
+            case = make_case(geometry, torch.bfloat16, ROWS[:num_rows])
+            table = case.context.block_table[:, :1].repeat(1, width)
+            context = case.context._replace(block_table=table)
+            query = torch.zeros(num_rows, 28, 128).bfloat16()
+            decode_attention(query, context, case.rows, 0.1, torch.empty_like(query))
+    names = Counter(name for name, _ in {(k.metadata.name, k.hash) for k in compiled})
+    assert names.pop("_encode") == 2, "one of each precision"
+    assert names.pop("_attend") == 2, "one of prefill, one of decode"
+    assert set(names.values()) == {1}, names
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from vllm_zipvl.core.transfer import table_to_device, to_device
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import PageTables, write_tokens
+from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 from vllm_zipvl.ops.tail_scores import tail_scores
 
@@ -108,12 +109,13 @@ class ZipVLWorker:
             (first.shape[0],), -1, dtype=torch.int32, device=first.device
         )
 
-    def warm_up(self, num_heads: int, max_rows: int) -> None:
+    def warm_up(self, num_heads: int, max_rows: int, prefill_kernel: str) -> None:
         """Run the operations whose kernels compile on first use, on next to nothing.
 
         Args:
             num_heads: Of queries.
             max_rows: Requests of a step at most.
+            prefill_kernel: What computes prefill attention.
         """
         assert self.heap is not None
         kv_cache, geometry = self._kv_caches[0], self.geometry
@@ -131,6 +133,8 @@ class ZipVLWorker:
         store_kv(key, value, kv_cache, zero[:0].long())
         probe = ProbePlaces(zero.long(), zero.bool(), one)
         probe_scores(query[:1], probe, key, one, 1.0)
+        prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
+        sparse_prefill_attention(query[:1], key, value, zero == 0, 1.0, prefill_kernel)
         if self._tail_probes is not None:
             queries, lse = self._tail_probes.queries[:, :1], self._tail_probes.lse[:, :1]
             tail_scores(queries, lse, self._kv_caches, zero[None], one, 1.0)

@@ -31,7 +31,7 @@ PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_SHARES = 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def _attend(
     query,
     folded,

@@ -62,7 +62,7 @@ def _load_keys(
     return tl.load(keys + start[:, None] + channels[None, :], mask=mask, other=0)
 
 
-@triton.jit(do_not_specialize=["num_probes"])
+@triton.jit(do_not_specialize=["num_probes", "tiles_per_context"])
 def _denominators(
     queries,
     positions,
@@ -73,9 +73,9 @@ def _denominators(
     tops,
     totals,
     num_probes,
+    tiles_per_context,
     token_stride,
     head_stride,
-    tiles_per_context: tl.constexpr,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
     head_size: tl.constexpr,
@@ -199,7 +199,7 @@ def probe_scores(
     tops = torch.empty(2, num_shares, num_probes, num_heads, device=keys.device)
     _denominators[(len(contexts) * tiles_per_context, num_kv_heads, num_shares)](
         queries, probes.positions, probe_starts, keys, contexts.cu_seqlens, scale, tops[0],
-        tops[1], num_probes, *keys.stride()[:2], tiles_per_context=tiles_per_context, **sizes,
+        tops[1], num_probes, tiles_per_context, *keys.stride()[:2], **sizes,
     )  # fmt: skip
     log_totals = torch.logsumexp(tops[0] + tops[1].log(), dim=0)
     mass = torch.empty(2, num_kv_heads, num_tokens, device=keys.device)
