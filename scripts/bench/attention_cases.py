@@ -79,8 +79,7 @@ def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Te
     """What the backend asks of one layer of a prompt in one chunk, float32 [num_tokens]."""
     _, batch = _prompt(layer, len(query), 1.0, query.device)
     queries, contexts = query[batch.probe_places], batch.rows.contexts
-    mass = probe_scores(queries, batch.probes, key, contexts, layer.scale)
-    return mass.random + mass.recent
+    return probe_scores(queries, batch.probes, key, contexts, layer.scale).sum(0)
 
 
 def sparse_prefill(
@@ -130,7 +129,7 @@ def check_prefill(layer: Layer) -> None:
     positions = torch.tensor([250, 299])
     is_random = torch.tensor([True, False])
     probes = ProbePlaces(positions, is_random, Sequences([2], cache.device))
-    mass = sum(probe_scores(query[:2], probes, key, contexts, layer.scale))
+    mass = probe_scores(query[:2], probes, key, contexts, layer.scale).sum(0)
     keys = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).double()
     scores = torch.einsum("ihd,jhd->ihj", query[:2].double(), keys * layer.scale)
     hidden = torch.arange(num_tokens) > positions[:, None, None]

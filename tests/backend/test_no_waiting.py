@@ -1,13 +1,18 @@
-"""What runs on a GPU in every step asks it for nothing: here on tensors that hold no values.
+"""What torch does on a GPU in every step asks it for nothing: here on tensors without values.
 
-Whatever needs a value on the host (a count, a mask as an index) fails on the meta device.
+Whatever needs a value on the host (a count, a mask as an index) fails on the meta device by itself;
+`NoWaiting` refuses what would wait on a GPU only. Kernels are not run.
 """
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vllm_zipvl.backend.metadata import ZipVLMetadata
 from vllm_zipvl.backend.tail import TailProbes
@@ -18,11 +23,12 @@ from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.prefill_attention import flash_attn, sparse_prefill_attention
 
 META = torch.device("meta")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 2, 4, 2, 32, 16
-NUM_BLOCKS, NUM_SLOTS, MAX_LEN = 64, 4, 512
+NUM_BLOCKS, NUM_SLOTS, MAX_LEN = 64, 4, 1024
 SCALE = HEAD_SIZE**-0.5
 
 
@@ -42,6 +48,38 @@ def make_worker(config: ZipVLConfig) -> ZipVLWorker:
     worker.heap = PageHeap(memory, geometry, tables)
     worker.slot_of_block = torch.empty(NUM_BLOCKS, dtype=torch.int32, device=META)
     return worker
+
+
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what takes tensors of the host and of the device, but for copies by `to_device`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if func in COPIES:
+            target = kwargs.get("device") or args[0].device
+            joins = {x.device.type for x in tensors} | {torch.device(target).type}
+            if len(joins) > 1 and not self._is_sent():
+                raise RuntimeError(f"{func} waits for a GPU")
+        # A number in a tensor of the host's is passed to a kernel by value.
+        elif len({x.device.type for x in tensors if x.dim() or x.is_meta}) > 1:
+            raise RuntimeError(f"{func} waits for a GPU")
+        return func(*args, **kwargs)
+
+    def _is_sent(self) -> bool:
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code is not to_device.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+
+@pytest.fixture(autouse=True)
+def no_waiting() -> Iterator[None]:
+    with NoWaiting():
+        yield
 
 
 def varlen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -95,21 +133,35 @@ def test_a_step_with_prompts_decodes_and_compressions(
     worker.compress_planned()
     worker.end_step()
 
-    ends = {0: 96, 1: 192, 2: 48}
+    ends = {0: (96, 100), 1: (192, 200), 2: (48, 50)}
+    blocks = list(range(16))
     plans = [
-        CompressionPlan(slot, "r", slot, 0, end, end + 8, True, list(range(16)), [5, 6, 7], 0)
-        for slot, end in ends.items()
+        CompressionPlan(slot, "r", slot, 0, end, context_len, True, blocks, [5, 6, 7], 0)
+        for slot, (end, context_len) in ends.items()
     ]
     plans.append(CompressionPlan(3, "d", 3, 64, 192, 200, False, list(range(8, 16)), [10], 4))
     worker.begin_step(StepPlan(compressions=plans))
     worker.compress_planned()
-    (kept,) = kernels
-    assert kept.shape == (NUM_LAYERS, sum(ends.values()) + 128)
-    assert worker._launched[0]._figures.shape == (4, 1 + NUM_LAYERS)
+    prompts, tail = kernels
+    assert prompts.shape == (NUM_LAYERS, 96 + 192 + 48)
+    assert tail.shape == (NUM_LAYERS, 128)
+    assert [x._figures.shape for x in worker._launched] == [(3, 3), (1, 3)]
 
 
-def test_a_value_would_be_missed() -> None:
-    mask = torch.empty(3, dtype=torch.bool, device=META)
-    for ask in (mask.nonzero, mask.tolist, mask.any().item):
+def test_what_waits_is_refused() -> None:
+    mask, numbers = torch.empty(3, dtype=torch.bool, device=META), torch.empty(3, device=META)
+    places = torch.tensor([0, 2])
+    for wait in (
+        mask.nonzero,
+        mask.tolist,
+        mask.any().item,
+        lambda: numbers[mask],
+        lambda: numbers[places],
+        lambda: numbers.index_copy_(0, places, torch.empty(2, device=META)),
+        lambda: numbers.copy_(torch.zeros(3)),
+        lambda: torch.zeros(3).to(META),
+        lambda: numbers.to("cpu"),
+    ):
         with pytest.raises((RuntimeError, NotImplementedError)):
-            ask()
+            wait()
+    assert to_device([1, 2], META).is_meta

@@ -1,5 +1,7 @@
 """Choosing a prompt's tokens: whole or cut, at once or after the first token."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -180,3 +182,23 @@ def test_the_reserve_covers_what_a_cap_lets_through(max_kept: float) -> None:
     geometry = rules.geometry
     pages = sum(geometry.num_pages(k, 4) + geometry.num_pages(end - k, 2) for k in kept)
     assert pages <= rules.num_reserved_pages(NUM_TOKENS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sparse_prefill": False}], ids=str)
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_nothing_is_held_for_a_prompt_that_is_gone(
+    is_compressed: bool, settings: dict[str, Any]
+) -> None:
+    """Compressed or aborted before; a GPU's memory is not to wait for Python's collector."""
+    selector, prompt = make_selector(**settings), Prompt()
+    gc.disable()
+    try:
+        prompt.run(selector, NUM_TOKENS)
+        state = weakref.ref(selector._prompts[SLOT])
+        if is_compressed:
+            take_masks(selector, {SLOT: prompt})
+        else:
+            selector.forget(SLOT)
+        assert state() is None
+    finally:
+        gc.enable()

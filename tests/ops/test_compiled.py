@@ -17,6 +17,7 @@ from test_decode_attention import ROWS, make_case
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.quantization import KeyNorm
 from vllm_zipvl.core.sequences import Chunks, Sequences
+from vllm_zipvl.core.transfer import table_to_device
 from vllm_zipvl.ops.page_codec import PageTables
 from vllm_zipvl.ops.probe_scores import ProbePlaces
 
@@ -31,8 +32,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What a block may use, by compute capability (CUDA programming guide)."""
 
-STACK_BYTES = 80
-"""A thread, twenty registers: what spills beyond that is a kernel that does not fit."""
+STACK_BYTES = 64
+"""A thread, sixteen registers: what spills beyond that is a kernel that does not fit."""
 
 
 CPU = torch.device("cpu")
@@ -195,8 +196,11 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
         num_rows, num_tokens = len(lengths), sequences.num_tokens
         query, kv = torch.zeros(num_tokens, 28, 128).bfloat16(), caches[0].new_zeros(1)
         kv = kv.expand(num_tokens, 4, 128).contiguous()
-        table = torch.zeros(num_rows, -(-max(lengths) // 16)).int()
-        gather_kv(caches[0], table, sequences)
+        table = table_to_device([[0] * -(-length // 16) for length in lengths], CPU)
+        # Rows of vLLM's table, from an uneven one on.
+        rows = torch.zeros(num_rows + 1, 19).int()[1:]
+        for blocks in (table, rows):
+            gather_kv(caches[0], blocks, sequences)
         places = ProbePlaces(sequences.positions, sequences.positions < 3, sequences)
         probe_scores(query, places, kv, sequences, 0.1)
         attend_chunks(query, kv, kv, Chunks(lengths, lengths, CPU), None, 0.1)
@@ -210,9 +214,15 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
         for width in (1, 16, 17):
             case = make_case(geometry, torch.bfloat16, ROWS[:num_rows])
             table = case.context.block_table[:, :1].repeat(1, width)
-            context = case.context._replace(block_table=table)
             query = torch.zeros(num_rows, 28, 128).bfloat16()
-            decode_attention(query, context, case.rows, 0.1, torch.empty_like(query))
+            for layer in range(2):
+                # Tables of a layer among several, with an uneven number of slots.
+                counts = torch.zeros(2, 5, 2).int()[layer]
+                pages = torch.zeros(2, 5, 33).int()[layer]
+                context = case.context._replace(
+                    block_table=table[:, :width], page_counts=counts, page_table=pages
+                )
+                decode_attention(query, context, case.rows, 0.1, torch.empty_like(query))
     names = Counter(name for name, _ in {(k.metadata.name, k.hash) for k in compiled})
     assert names.pop("_encode") == 2, "one of each precision"
     assert names.pop("_attend") == 2, "one of prefill, one of decode"

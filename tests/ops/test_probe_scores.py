@@ -42,10 +42,7 @@ def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch
     found = probe_scores(queries, probes, keys, lengths(num_tokens), 0.125)
     exact = truth(queries, positions, keys, 0.125, torch.float64)
     same = truth(queries, positions, keys, 0.125, torch.float32)
-    for mass, part in (
-        (found.random, slice(len(random))),
-        (found.recent, slice(len(random), None)),
-    ):
+    for mass, part in zip(found, (slice(len(random)), slice(len(random), None)), strict=True):
         assert mass.dtype == torch.float32
         expected = exact[part].sum(0)
         rounding = torch.finfo(torch.float32).eps * len(positions) * heads[0]
@@ -71,23 +68,22 @@ def test_contexts_side_by_side_are_as_each_alone() -> None:
     )
     found = probe_scores(queries, together, keys, lengths(*contexts), 0.2)
     own = zip(
-        alone, queries.split(num_probes), keys.split(contexts),
-        found.random.split(contexts), found.recent.split(contexts), strict=True,
+        alone, queries.split(num_probes), keys.split(contexts), found.split(contexts, dim=1),
+        strict=True,
     )  # fmt: skip
-    for probes, q, k, random, recent in own:
+    for probes, q, k, mass in own:
         expected = probe_scores(q, probes, k, lengths(len(k)), 0.2)
-        assert torch.allclose(random, expected.random, rtol=1e-5, atol=1e-6)
-        assert torch.allclose(recent, expected.recent, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(mass, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_probe_sees_nothing_after_itself() -> None:
     keys = torch.full((100, 2, 16), 1e4)
     keys[:41] = torch.randn(41, 2, 16)
     probes = places(torch.tensor([20, 40]), 1)
-    mass = probe_scores(torch.rand(2, 4, 16), probes, keys, lengths(100), 0.25)
-    assert not mass.random[21:].any()
-    assert not mass.recent[41:].any()
-    assert torch.allclose(mass.random.sum(), torch.tensor(4.0))
+    random, recent = probe_scores(torch.rand(2, 4, 16), probes, keys, lengths(100), 0.25)
+    assert not random[21:].any()
+    assert not recent[41:].any()
+    assert torch.allclose(random.sum(), torch.tensor(4.0))
 
 
 def test_heads_must_share_kv_heads_evenly() -> None:

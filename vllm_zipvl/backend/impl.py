@@ -202,8 +202,10 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
     ) -> None:
         batch, tokens = rows.batch, rows.tokens
         chunks, kernel = batch.rows, self.prefill_kernel
-        q, k, v = query[tokens], key[tokens], value[tokens]
-        if chunks.contexts.num_tokens > chunks.queries.num_tokens:
+        q = query[tokens]
+        if chunks.are_whole:
+            k, v = key[tokens], value[tokens]
+        else:
             # The step's own are in the blocks already.
             k, v = gather_kv(kv_cache, rows.block_table, chunks.contexts).chunk(2, dim=-1)
         kept = worker.prompts.select(layer_index, batch, q, k, self.scale)

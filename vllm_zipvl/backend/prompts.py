@@ -1,6 +1,6 @@
 """Choosing the tokens of prompts, chunk by chunk and layer by layer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from vllm_zipvl.backend.runs import runs_of
 from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
@@ -35,14 +36,40 @@ class PromptState:
         random_positions: Random probes of the earlier chunks.
         random_mass: Per layer, their attention mass, float32 [tokens so far].
         waiting: Per layer, queries of the last chunk's probes, [num_probes, num_heads, head_size].
-        chosen: The batch in which the last chunk chose, and its place there.
+        chosen: What the batch of the last chunk chose, and the prompt's place there.
     """
 
     chunk: ChunkPlan
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
     waiting: dict[int, torch.Tensor] = field(default_factory=dict)
-    chosen: "tuple[PromptBatch, int] | None" = None
+    chosen: "tuple[Choices, int] | None" = None
+
+
+class Choices:
+    """What a batch chose; prompts hold it until they are compressed.
+
+    Attributes:
+        layers: Per layer, the selection.
+
+    Args:
+        is_recent: The recent probes, bool [num_tokens].
+        contexts: Whose tokens they are.
+        max_kept: As in the settings.
+    """
+
+    def __init__(self, is_recent: torch.Tensor, contexts: Sequences, max_kept: float) -> None:
+        self.layers: dict[int, Selection] = {}
+        self._is_recent = is_recent
+        self._contexts = contexts
+        self._max_kept = max_kept
+
+    @cached_property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """What the cache keeps of each prompt, bool [num_layers, its tokens]."""
+        selection = stack(self.layers[layer] for layer in sorted(self.layers))
+        kept = cap_selection(selection, self._is_recent, self._max_kept, self._contexts)
+        return kept.split(self._contexts.lengths, dim=1)
 
 
 class PromptBatch:
@@ -52,7 +79,6 @@ class PromptBatch:
         kind: Of all of them.
         prompts: Whose chunks they are.
         rows: How many queries and tokens each has.
-        selections: Per layer, what they chose.
     """
 
     def __init__(
@@ -66,7 +92,6 @@ class PromptBatch:
             [chunk.end for chunk in self.chunks],
             device,
         )
-        self.selections: dict[int, Selection] = {}
         self._rules = rules
         self._device = device
 
@@ -76,14 +101,13 @@ class PromptBatch:
 
     @cached_property
     def probes(self) -> ProbePlaces:
-        counts = [len(random) + len(recent) for random, recent in self._positions]
-        is_random = [
-            np.arange(n) < len(p.random) for n, p in zip(counts, self._positions, strict=True)
-        ]
+        """Where they are in their contexts."""
+        positions = [np.concatenate(own) for own in self._positions]
+        is_random = [np.repeat([True, False], list(map(len, own))) for own in self._positions]
         return ProbePlaces(
-            to_device(np.concatenate([np.concatenate(p) for p in self._positions]), self._device),
+            to_device(np.concatenate(positions), self._device),
             to_device(np.concatenate(is_random), self._device),
-            Sequences(counts, self._device),
+            Sequences(list(map(len, positions)), self._device),
         )
 
     @cached_property
@@ -116,11 +140,9 @@ class PromptBatch:
         return to_device(np.concatenate(masks), self._device)
 
     @cached_property
-    def masks(self) -> torch.Tensor:
-        """What the cache keeps, of all layers, bool [num_layers, num_tokens]."""
-        layers = stack(self.selections[layer] for layer in sorted(self.selections))
-        max_kept = self._rules.config.max_kept
-        return cap_selection(layers, self.is_recent, max_kept, self.rows.contexts)
+    def choices(self) -> Choices:
+        """What they choose, layer by layer."""
+        return Choices(self.is_recent, self.rows.contexts, self._rules.config.max_kept)
 
 
 def _probes_of(chunk: ChunkPlan, rules: CacheRules) -> Probes:
@@ -130,18 +152,8 @@ def _probes_of(chunk: ChunkPlan, rules: CacheRules) -> Probes:
     )
 
 
-def _runs(prompts: Sequence[PromptState], max_tokens: int) -> Iterator[list[PromptState]]:
-    """Prompts in turn, as many at a time as have `max_tokens` together, but at least one."""
-    run: list[PromptState] = []
-    total = 0
-    for prompt in prompts:
-        if run and total + prompt.chunk.end > max_tokens:
-            yield run
-            run, total = [], 0
-        run.append(prompt)
-        total += prompt.chunk.end
-    if run:
-        yield run
+def _context_len(prompt: PromptState) -> int:
+    return prompt.chunk.end
 
 
 class PromptSelector:
@@ -200,7 +212,7 @@ class PromptSelector:
             own = [chunk for chunk in chunks if self._kind(chunk) is kind]
             leaves_something = kind is not Kind.DENSE
             prompts = [self._prompt_of(c) if leaves_something else PromptState(c) for c in own]
-            for run in _runs(prompts, self._max_tokens):
+            for run in runs_of(prompts, _context_len, self._max_tokens):
                 batches.append(PromptBatch(kind, run, self.rules, device))
         return batches
 
@@ -233,7 +245,7 @@ class PromptSelector:
         if batch.kind is Kind.PROBING:
             return None
         self._choose(batch, layer, mass)
-        return batch.selections[layer].kept
+        return batch.choices.layers[layer].kept
 
     def take_single(self, chunk: ChunkPlan, queries: torch.Tensor) -> None:
         """As `select`, after the fact, for a chunk of one token.
@@ -246,12 +258,12 @@ class PromptSelector:
             self._prompt_of(chunk).waiting = dict(enumerate(queries[:, None]))
 
     def _choose(self, batch: PromptBatch, layer: int, mass: torch.Tensor) -> None:
-        batch.selections[layer] = select(
+        batch.choices.layers[layer] = select(
             mass, batch.num_visible, batch.is_recent, self.config, batch.rows.contexts
         )
         for place, prompt in enumerate(batch.prompts):
             if self._is_compressed_after(prompt.chunk):
-                prompt.chosen = batch, place
+                prompt.chosen = batch.choices, place
 
     def _accumulate_mass(
         self,
@@ -264,13 +276,13 @@ class PromptSelector:
         """Mass of the chunks' probes and of earlier chunks' random ones, float32 [num_tokens]."""
         contexts = batch.rows.contexts
         mass = probe_scores(probes, batch.probes, key, contexts, scale)
-        random, recent = self._sum_over_ranks(torch.stack(mass))
+        random, recent = self._sum_over_ranks(mass)
         for prompt, tokens in zip(batch.prompts, contexts.slices(), strict=True):
             earlier = prompt.random_mass.pop(layer, None)
             if earlier is not None:
                 random[tokens][: len(earlier)] += earlier
             if not prompt.chunk.ends_prompt:
-                prompt.random_mass[layer] = random[tokens].clone()
+                prompt.random_mass[layer] = random[tokens]
         return random + recent
 
     def finish_chunk(self, chunk: ChunkPlan) -> None:
@@ -301,7 +313,7 @@ class PromptSelector:
         if self._needs_no_scores:
             return
         waiting = [self._prompts[slot] for slot in slots if self._prompts[slot].waiting]
-        for run in _runs(waiting, self._max_tokens):
+        for run in runs_of(waiting, _context_len, self._max_tokens):
             device = run[0].waiting[0].device
             batch = PromptBatch(Kind.WAITING, run, self.rules, device)
             keys_of = keys([prompt.chunk.slot for prompt in run], batch.rows.contexts)
@@ -322,5 +334,5 @@ class PromptSelector:
         if self._needs_no_scores:
             return torch.ones(num_layers, prompt.chunk.end, dtype=torch.bool, device=device)
         assert prompt.chosen is not None
-        batch, place = prompt.chosen
-        return batch.masks[:, batch.rows.contexts.slices()[place]]
+        choices, place = prompt.chosen
+        return choices.masks[place]

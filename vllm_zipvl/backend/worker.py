@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_zipvl.backend.prompts import PromptSelector
+from vllm_zipvl.backend.runs import runs_of
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.cache.compression import CompressionPass, compress
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
@@ -33,7 +34,7 @@ class ZipVLWorker:
     Args:
         rules: Settings and shapes.
         sum_over_ranks: Sums a tensor over tensor-parallel ranks.
-        max_tokens: Of contexts that are gathered at once.
+        max_tokens: Of contexts that are worked on at once.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ZipVLWorker:
         self.notes_queries = True
         self.slot_of_block = torch.empty(0, dtype=torch.int32)
         self._sum_over_ranks = sum_over_ranks
+        self._max_tokens = max_tokens
         self.prompts = PromptSelector(rules, sum_over_ranks, max_tokens)
         self._request_ids: list[str] | None = None
         self._layer_index: dict[str, int] = {}
@@ -235,10 +237,11 @@ class ZipVLWorker:
             self.prompts.finish_chunk(chunk)
         prompts = [plan for plan in self.plan.compressions if plan.is_prompt]
         tails = [plan for plan in self.plan.compressions if not plan.is_prompt]
-        if prompts or tails:
-            kept = self._kept_of_prompts(prompts) + self._kept_of_tails(tails)
-            joined = torch.cat(kept, dim=1)
-            self._launched.append(compress(prompts + tails, joined, self._kv_caches, self.heap))
+        for plans, kept_of in ((prompts, self._kept_of_prompts), (tails, self._kept_of_tails)):
+            # Tables of a pass are as wide as its longest plan.
+            for run in runs_of(plans, lambda plan: plan.end - plan.start, self._max_tokens, True):
+                kept = torch.cat(kept_of(run), dim=1)
+                self._launched.append(compress(run, kept, self._kv_caches, self.heap))
 
     def take_report(self) -> StepReport:
         """What earlier steps compressed, and this one unless a GPU would have to be waited for."""
@@ -268,12 +271,11 @@ class ZipVLWorker:
         self.prompts.choose_waiting(list(blocks), keys, self._scale)
         num_layers, device = self.geometry.num_layers, self.slot_of_block.device
         masks = [self.prompts.take_masks(plan.slot, num_layers, device) for plan in plans]
+        assert [mask.shape[1] for mask in masks] == [plan.context_len for plan in plans]
         return [mask[:, : plan.end] for mask, plan in zip(masks, plans, strict=True)]
 
     def _kept_of_tails(self, plans: Sequence[CompressionPlan]) -> list[torch.Tensor]:
         """The count rule within each tail, on this step's attention over its whole context."""
-        if not plans:
-            return []
         assert self._tail_probes is not None
         device = self.slot_of_block.device
         tails = Sequences([plan.end - plan.start for plan in plans], device)

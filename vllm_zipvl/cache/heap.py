@@ -108,7 +108,7 @@ class PageHeap:
             How many pages each request has in use now, int64 [num_requests].
         """
         tables, contexts = self.tables, moves.contexts
-        lengths = contexts.cu_seqlens.diff()
+        lengths = contexts.device_lengths.int()
         num_kept = contexts.counts(kept).int()
         has_rest = bool(self.geometry.low_bits)
         num_rest = lengths - num_kept if has_rest else torch.zeros_like(num_kept)

@@ -5,7 +5,6 @@ each by itself; without `contexts` there is one. Counts stay tensors, so that no
 a GPU.
 """
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,7 +12,8 @@ import torch
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.sequences import Sequences
-from vllm_zipvl.core.transfer import to_device
+
+_MOST_BITS = 0x7FFFFFFF
 
 
 class Selection(NamedTuple):
@@ -37,16 +37,20 @@ def stack(layers: Iterable[Selection]) -> Selection:
 
 
 def _contexts(like: torch.Tensor, contexts: Sequences | None) -> Sequences:
-    return contexts or Sequences([like.shape[-1]], like.device)
+    return Sequences([like.shape[-1]], like.device) if contexts is None else contexts
 
 
 def _descending(scores: torch.Tensor, contexts: Sequences) -> torch.Tensor:
-    """Tokens by score, largest first, context by context; among equals the lower position first."""
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    if len(contexts) > 1:
-        by_owner = torch.sort(contexts.owners[order], dim=-1, stable=True).indices
-        order = order.gather(-1, by_owner)
-    return order
+    """Tokens by score, largest first, context by context; among equals the lower position first.
+
+    Scores of several contexts are not negative.
+    """
+    if len(contexts) == 1:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    # As integers, the bits of floats that are not negative are in the order of the floats.
+    descending = _MOST_BITS - scores.float().view(torch.int32)
+    keys = (contexts.owners << 32) + descending
+    return torch.sort(keys, dim=-1, stable=True).indices
 
 
 def num_for_mass(mass: torch.Tensor, tau: float, contexts: Sequences | None = None) -> torch.Tensor:
@@ -61,14 +65,16 @@ def num_for_mass(mass: torch.Tensor, tau: float, contexts: Sequences | None = No
         int64 [..., num_contexts].
     """
     contexts = _contexts(mass, contexts)
-    lengths = contexts.cu_seqlens.diff().long().expand(*mass.shape[:-1], -1)
+    lengths = contexts.device_lengths.expand(*mass.shape[:-1], -1)
     if tau >= 1:
         return lengths
+    ordered = mass.gather(-1, _descending(mass, contexts))
+    # One context's NaN or infinity is not to reach the next one's sums.
+    ordered = ordered.nan_to_num(nan=0, posinf=0)
     # A GPU adds up in an order that varies: in float64, ranks that hold the same mass still count
     # the same.
-    ordered = mass.gather(-1, _descending(mass, contexts))
     running = ordered.cumsum(-1, dtype=torch.float64)
-    before = torch.nn.functional.pad(running, (1, 0))[..., contexts.cu_seqlens.long()]
+    before = contexts.at_starts(running)
     goals = before[..., :-1] + before.diff(dim=-1) * tau
     is_below = running < goals[..., contexts.owners]
     return (contexts.counts(is_below) + 1).minimum(lengths)
@@ -80,9 +86,8 @@ def num_to_keep(
     """The count rule: by mass, or by a fixed ratio where one is set; as `num_for_mass`."""
     if config.ratio is None:
         return num_for_mass(mass, config.tau, contexts)
-    lengths = _contexts(mass, contexts).lengths
-    nums = [math.ceil(config.ratio * length) for length in lengths]
-    return to_device(nums, mass.device).expand(*mass.shape[:-1], -1)
+    lengths = _contexts(mass, contexts).device_lengths.double()
+    return (config.ratio * lengths).ceil().long().expand(*mass.shape[:-1], -1)
 
 
 def top_mask(
@@ -161,7 +166,7 @@ def cap_selection(
         return selection.kept
     contexts = _contexts(is_recent, contexts)
     wanted = selection.num_by_score.double()
-    budgets = max_kept * contexts.cu_seqlens.diff().double() * len(wanted)
+    budgets = max_kept * contexts.device_lengths.double() * len(wanted)
     capped = (wanted * (budgets / wanted.sum(0)).clamp(max=1)).floor().long()
     is_over = contexts.counts(selection.kept).sum(0) > budgets
     kept = top_mask(selection.scores, capped, contexts) | is_recent

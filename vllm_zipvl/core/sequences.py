@@ -51,6 +51,16 @@ class Sequences:
         return to_device(np.array(self.starts, dtype=np.int32), self._device)
 
     @cached_property
+    def _offsets(self) -> torch.Tensor:
+        """As `cu_seqlens`, int64: an index."""
+        return self.cu_seqlens.long()
+
+    @cached_property
+    def device_lengths(self) -> torch.Tensor:
+        """`lengths` on the device, int64 [len]."""
+        return self._offsets.diff()
+
+    @cached_property
     def owners(self) -> torch.Tensor:
         """Which sequence each token belongs to, int64 [num_tokens]."""
         return to_device(np.repeat(np.arange(len(self)), self.lengths), self._device)
@@ -59,7 +69,7 @@ class Sequences:
     def positions(self) -> torch.Tensor:
         """Where each token stands in its own sequence, int64 [num_tokens]."""
         every = torch.arange(self.num_tokens, device=self._device)
-        return every - self.cu_seqlens[self.owners]
+        return every - self._offsets[self.owners]
 
     def tiles(self, side: int) -> torch.Tensor:
         """Tiles of `side` tokens, none across two sequences: whose, and from which position on.
@@ -77,18 +87,13 @@ class Sequences:
             self._tiles[side] = to_device(places, self._device)
         return self._tiles[side]
 
-    def running_counts(self, mask: torch.Tensor) -> torch.Tensor:
-        """How many tokens of a mask [..., num_tokens] precede each sequence's start.
-
-        Returns:
-            int64 [..., len + 1], the last one of all tokens.
-        """
-        before = torch.nn.functional.pad(mask.cumsum(-1), (1, 0))
-        return before[..., self.cu_seqlens.long()]
+    def at_starts(self, running: torch.Tensor) -> torch.Tensor:
+        """Of running sums [..., num_tokens], those before `starts`, [..., len + 1]."""
+        return torch.nn.functional.pad(running, (1, 0))[..., self._offsets]
 
     def counts(self, mask: torch.Tensor) -> torch.Tensor:
         """How many tokens of each sequence are in a mask [..., num_tokens], int64 [..., len]."""
-        return self.running_counts(mask).diff(dim=-1)
+        return self.at_starts(mask.cumsum(-1)).diff(dim=-1)
 
 
 class Chunks:
@@ -116,6 +121,11 @@ class Chunks:
         self.queries = Sequences(num_queries, device)
         self.contexts = Sequences(num_tokens, device)
         self._device = device
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether the queries are all of the tokens."""
+        return self.queries.lengths == self.contexts.lengths
 
     @cached_property
     def places(self) -> torch.Tensor:

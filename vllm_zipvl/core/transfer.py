@@ -23,8 +23,8 @@ def to_device(
 
 
 def table_to_device(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Rows of different lengths as one table, int64 [len(rows), longest]; zeros where they end."""
-    table = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    """Rows of different lengths as one table, int32 [len(rows), longest]; zeros where they end."""
+    table = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int32)
     for place, row in zip(table, rows, strict=True):
         place[: len(row)] = row
     return to_device(table, device)

@@ -69,7 +69,7 @@ def workspace_bytes(
     in_triton = triton_module("vllm_zipvl.ops.decode_attention.triton", device.type)
     if in_triton is None:
         return 0
-    return in_triton.workspace_bytes(num_queries, num_heads, num_kv_heads, head_size)
+    return in_triton.workspace_bytes(num_queries, num_heads, num_kv_heads, head_size, device)
 
 
 def decode_attention(

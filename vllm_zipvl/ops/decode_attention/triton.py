@@ -31,7 +31,10 @@ PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_SHARES = 3
 
 
-@triton.jit(do_not_specialize=["block_table_stride"])
+@triton.jit(
+    do_not_specialize=["block_table_stride"],
+    do_not_specialize_on_alignment=["page_table", "page_counts", "block_table"],
+)
 def _attend(
     query,
     folded,
@@ -168,11 +171,13 @@ def _num_shares(num_programs: int, device: torch.device) -> int:
     return min(MAX_SHARES, 1 << (wanted.bit_length() - 1))
 
 
-def workspace_bytes(num_queries: int, num_heads: int, num_kv_heads: int, head_size: int) -> int:
+def workspace_bytes(
+    num_queries: int, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
+) -> int:
     """See `api.workspace_bytes`."""
     programs = num_queries * num_kv_heads * 3
-    if torch.cuda.is_available():
-        programs = max(programs, _programs_at_once(torch.device("cuda")))
+    if device.type == "cuda":
+        programs = max(programs, _programs_at_once(device))
     else:
         programs *= INTERPRETED_SHARES
     # A sum, a maximum and a total of every share; queries in float32, scaled, and folded.

@@ -55,7 +55,7 @@ def _store(
         tl.store(kv_cache + out + head_size, tl.load(value + place, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table"])
 def _gather(
     kv_cache,
     block_table,

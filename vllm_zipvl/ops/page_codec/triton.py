@@ -225,8 +225,8 @@ def write_tokens(
     if any(is_first):
         take_norms(layers, block_table, contexts, tables, is_first)
     num_kept = contexts.counts(kept)
-    counts = torch.stack([num_kept, contexts.cu_seqlens.diff() - num_kept], dim=-1).int()
-    order = torch.argsort(2 * contexts.owners + ~kept, dim=1, stable=True).int()
+    counts = torch.stack([num_kept, contexts.device_lengths - num_kept], dim=-1).int()
+    order = torch.argsort((2 * contexts.owners).int() + ~kept, dim=1, stable=True).int()
     rows = Rows(layers, block_table, contexts, order, counts)
     for precision, bits in enumerate(tables.geometry.bits):
         if bits:

@@ -1,4 +1,4 @@
-"""Causal attention of one chunk's queries over its context, all of it or the kept tokens."""
+"""Causal attention of chunks' queries over their contexts, all of them or the kept tokens."""
 
 from vllm_zipvl.ops.prefill_attention.api import (
     find_kernel,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_zipvl.core.sequences import Chunks
+from vllm_zipvl.core.sequences import Chunks, Sequences
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -69,17 +69,23 @@ def attend_chunks(
     if kept is None:
         cu_seqlens = chunks.queries.cu_seqlens, chunks.contexts.cu_seqlens
         return _attend(query, key, value, chunks, *cu_seqlens, scale)
-    is_kept_query = kept[chunks.places]
-    tokens = torch.argsort(~kept, stable=True)
-    queries = torch.argsort(~is_kept_query, stable=True)
-    packed = _attend(
-        query[queries], key[tokens], value[tokens], chunks,
-        chunks.queries.running_counts(is_kept_query).int(),
-        chunks.contexts.running_counts(kept).int(), scale,
-    )  # fmt: skip
+    tokens, cu_tokens = _kept_first(kept, chunks.contexts)
+    if chunks.are_whole:
+        is_kept_query, queries, cu_queries = kept, tokens, cu_tokens
+    else:
+        is_kept_query = kept[chunks.places]
+        queries, cu_queries = _kept_first(is_kept_query, chunks.queries)
+    rows = query[queries], key[tokens], value[tokens]
+    packed = _attend(*rows, chunks, cu_queries, cu_tokens, scale)
     # The kernel leaves the other rows as they were.
     out[queries] = torch.where(is_kept_query[queries][:, None, None], packed, 0)
     return out
+
+
+def _kept_first(kept: torch.Tensor, rows: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows, the kept ones first, and where those of each sequence begin, int32 [len + 1]."""
+    order = torch.argsort(~kept, stable=True)
+    return order, rows.at_starts(kept.cumsum(0)).int()
 
 
 def _attend(

@@ -132,8 +132,10 @@ def attend_chunks(
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     else:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        kept_queries = chunks.queries.running_counts(kept[chunks.places]).int()
-        kept_tokens = chunks.contexts.running_counts(kept).int()
+        kept_queries = kept_tokens = chunks.contexts.at_starts(kept.cumsum(0)).int()
+        if not chunks.are_whole:
+            is_kept_query = kept[chunks.places]
+            kept_queries = chunks.queries.at_starts(is_kept_query.cumsum(0)).int()
         order = torch.argsort(~kept, stable=True).int()
     if num_queries == 0:
         return out
@@ -159,5 +161,7 @@ def attend_chunks(
         head_size=head_size,
         channels_padded=padded(head_size),
         tile=tile,
+        # A dot of float32 keeps its operands in registers, of which more threads have more.
+        num_warps=8 if query.element_size() == 4 else 4,
     )
     return out

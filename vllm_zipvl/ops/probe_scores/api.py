@@ -23,20 +23,13 @@ class ProbePlaces(NamedTuple):
     contexts: Sequences
 
 
-class ProbeMass(NamedTuple):
-    """Attention mass per token, summed over probes and heads, float32 [num_tokens] each."""
-
-    random: torch.Tensor
-    recent: torch.Tensor
-
-
 def probe_scores(
     queries: torch.Tensor,
     probes: ProbePlaces,
     keys: torch.Tensor,
     contexts: Sequences,
     scale: float,
-) -> ProbeMass:
+) -> torch.Tensor:
     """Sum softmax(Q_probe K^T * scale) over probes and heads, for every visible key.
 
     Products of the inputs accumulate in float32; scores, softmax and sums are float32.
@@ -48,6 +41,9 @@ def probe_scores(
         contexts: How many keys each context has.
         scale: Softmax scale.
 
+    Returns:
+        The mass of random and of recent probes, float32 [2, num_tokens].
+
     Raises:
         ValueError: Heads are not a multiple of KV heads.
     """
@@ -57,4 +53,4 @@ def probe_scores(
         )
     in_triton = triton_module("vllm_zipvl.ops.probe_scores.triton", keys.device.type)
     implementation = in_triton or reference
-    return ProbeMass(*implementation.probe_scores(queries, probes, keys, contexts, scale))
+    return implementation.probe_scores(queries, probes, keys, contexts, scale)

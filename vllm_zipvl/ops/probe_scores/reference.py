@@ -20,14 +20,14 @@ def probe_scores(
     keys: torch.Tensor,
     contexts: Sequences,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `api.probe_scores`; returns the mass of random and of recent probes."""
+) -> torch.Tensor:
+    """See `api.probe_scores`."""
     mass = torch.zeros(2, len(keys), dtype=torch.float32, device=keys.device)
     for own, tokens in zip(probes.contexts.slices(), contexts.slices(), strict=True):
         mass[:, tokens] = _of_one_context(
             queries[own], probes.positions[own], probes.is_random[own], keys[tokens], scale
         )
-    return mass[0], mass[1]
+    return mass
 
 
 def _of_one_context(

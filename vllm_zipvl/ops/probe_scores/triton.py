@@ -177,8 +177,8 @@ def probe_scores(
     keys: torch.Tensor,
     contexts: Sequences,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `api.probe_scores`; returns the mass of random and of recent probes."""
+) -> torch.Tensor:
+    """See `api.probe_scores`."""
     num_tokens, num_kv_heads, head_size = keys.shape
     num_probes, num_heads, _ = queries.shape
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
@@ -208,5 +208,4 @@ def probe_scores(
         queries, probes.positions, probes.is_random, probe_starts, keys, contexts.cu_seqlens,
         tiles, scale, log_totals, mass, num_tokens, *keys.stride()[:2], **sizes,
     )  # fmt: skip
-    random, recent = mass.sum(1)
-    return random, recent
+    return mass.sum(1)
