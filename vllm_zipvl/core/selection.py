@@ -47,9 +47,10 @@ def _descending(scores: torch.Tensor, contexts: Sequences) -> torch.Tensor:
     """
     if len(contexts) == 1:
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    # As integers, the bits of floats that are not negative are in the order of the floats.
-    descending = _MOST_BITS - scores.float().view(torch.int32)
-    keys = (contexts.owners << 32) + descending
+    # As integers, the bits of floats that are not negative are in the order of the floats. NaN may
+    # have a sign.
+    bits = scores.float().view(torch.int32) & _MOST_BITS
+    keys = (contexts.owners << 32) + (_MOST_BITS - bits)
     return torch.sort(keys, dim=-1, stable=True).indices
 
 
