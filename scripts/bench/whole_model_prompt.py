@@ -69,7 +69,7 @@ class Prompt:
     @property
     def kept(self) -> float:
         """Share of the tokens that attend, mean over layers."""
-        masks = [selection.kept for selection in self.batch.selections.values()]
+        masks = [selection.kept for selection in self.batch.choices.layers.values()]
         return float(torch.stack(masks).float().mean())
 
     def prefill(
@@ -85,7 +85,8 @@ class Prompt:
 
     def masks(self) -> torch.Tensor:
         """What the cache keeps at high precision of the tokens that are compressed, by layer."""
-        return self.batch.masks[:, : self.end]
+        (masks,) = self.batch.choices.masks
+        return masks[:, : self.end]
 
     def moves(self, slot: int, heap_block_ids: list[int]) -> Moves:
         """All of them into a slot's pages."""

@@ -152,7 +152,7 @@ class Recorder:
 
         def noting_choose(selector, batch, layer, *args):
             choose(selector, batch, layer, *args)
-            kept = batch.selections[layer].kept.split(batch.rows.contexts.lengths)
+            kept = batch.choices.layers[layer].kept.split(batch.rows.contexts.lengths)
             for chunk, mask in zip(batch.chunks, kept, strict=True):
                 self._note(chunk.request_id, Event("chunk", chunk.end, layer), mask)
 
