@@ -62,7 +62,8 @@ class NoWaiting(TorchDispatchMode):
         if func in COPIES:
             target = kwargs.get("device") or args[0].device
             joins = {x.device.type for x in tensors} | {torch.device(target).type}
-            if len(joins) > 1 and not self._is_sent():
+            converts = kwargs.get("dtype") not in (None, args[0].dtype)
+            if len(joins) > 1 and (converts or not self._is_sent()):
                 raise RuntimeError(f"{func} waits for a GPU")
         # A number in a tensor of the host's is passed to a kernel by value.
         elif len({x.device.type for x in tensors if x.dim() or x.is_meta}) > 1:

@@ -16,10 +16,12 @@ def to_device(
         tensor = torch.from_numpy(values)
     else:
         tensor = torch.tensor(values, device="cpu")
+    # Converted here: a copy that converts goes through memory that is not pinned.
+    tensor = tensor.to(dtype or tensor.dtype)
     if device.type == "cuda":
         # From pageable memory the copy would wait for all that the GPU was asked to do before.
         tensor = tensor.pin_memory()
-    return tensor.to(device, dtype, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
 
 
 def table_to_device(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
