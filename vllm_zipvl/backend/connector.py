@@ -157,8 +157,9 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self.planner is not None
         plan = self.planner.plan(scheduler_output)
-        # Calls `start_load_kv` before the forward pass rather than after it.
-        scheduler_output.has_sync_kv_loads = bool(plan.chunks)
+        # Where layers ask whose rows are prompts, `start_load_kv` comes before the forward pass.
+        has_prompts = any(not chunk.is_single_token for chunk in plan.chunks)
+        scheduler_output.has_sync_kv_loads = has_prompts
         return plan
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
