@@ -23,7 +23,7 @@ from attention_cases import (
 from attention_rows import row
 from stock_attention import BLOCK_SIZE, StockAttention
 
-from vllm_zipvl.cache.compression import compress
+from vllm_zipvl.cache.compression import compress, moves_of_plans
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.cache.messages import CompressionPlan
 from vllm_zipvl.core.geometry import cdiv, num_compressible
@@ -134,7 +134,7 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
 
     def run() -> None:
         heap.reset(0)
-        compress([plan], kept[None], [kv_cache], heap)
+        compress([plan], moves_of_plans([plan], kept.device), kept[None], [kv_cache], heap)
 
     run()
     check_compressed(heap, kv_cache, kept)

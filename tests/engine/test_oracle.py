@@ -156,15 +156,15 @@ class Recorder:
             for chunk, mask in zip(batch.chunks, kept, strict=True):
                 self._note(chunk.request_id, Event("chunk", chunk.end, layer), mask)
 
-        def noting_kept_of_prompts(worker, plans):
-            masks = kept_of_prompts(worker, plans)
-            self._note_plans("prompt", plans, masks)
-            return masks
+        def noting_kept_of_prompts(worker, plans, moves):
+            kept = kept_of_prompts(worker, plans, moves)
+            self._note_plans("prompt", plans, kept.split(moves.contexts.lengths, dim=1))
+            return kept
 
-        def noting_kept_of_tails(worker, plans):
-            masks = kept_of_tails(worker, plans)
-            self._note_plans("tail", plans, masks)
-            return masks
+        def noting_kept_of_tails(worker, plans, moves):
+            kept = kept_of_tails(worker, plans, moves)
+            self._note_plans("tail", plans, kept.split(moves.contexts.lengths, dim=1))
+            return kept
 
         monkeypatch.setattr(PromptSelector, "batches", noting_batches)
         monkeypatch.setattr(PromptSelector, "take_single", noting_single)

@@ -214,7 +214,15 @@ class PromptSelector:
             prompts = [self._prompt_of(c) if leaves_something else PromptState(c) for c in own]
             for run in runs_of(prompts, _context_len, self._max_tokens):
                 batches.append(PromptBatch(kind, run, self.rules, device))
+                if kind is Kind.SPARSE and not self._needs_no_scores:
+                    self._keep_choices(batches[-1])
         return batches
+
+    def _keep_choices(self, batch: PromptBatch) -> None:
+        """Leave what the batch will choose to the prompts that are compressed after it."""
+        for place, prompt in enumerate(batch.prompts):
+            if self._is_compressed_after(prompt.chunk):
+                prompt.chosen = batch.choices, place
 
     def select(
         self, layer: int, batch: PromptBatch, query: torch.Tensor, key: torch.Tensor, scale: float
@@ -261,9 +269,6 @@ class PromptSelector:
         batch.choices.layers[layer] = select(
             mass, batch.num_visible, batch.is_recent, self.config, batch.rows.contexts
         )
-        for place, prompt in enumerate(batch.prompts):
-            if self._is_compressed_after(prompt.chunk):
-                prompt.chosen = batch.choices, place
 
     def _accumulate_mass(
         self,
@@ -316,6 +321,7 @@ class PromptSelector:
         for run in runs_of(waiting, _context_len, self._max_tokens):
             device = run[0].waiting[0].device
             batch = PromptBatch(Kind.WAITING, run, self.rules, device)
+            self._keep_choices(batch)
             keys_of = keys([prompt.chunk.slot for prompt in run], batch.rows.contexts)
             for layer in run[0].waiting:
                 probes = torch.cat([prompt.waiting[layer] for prompt in run])

@@ -7,8 +7,8 @@ import torch
 from vllm_zipvl.backend.prompts import PromptSelector
 from vllm_zipvl.backend.runs import runs_of
 from vllm_zipvl.backend.tail import TailProbes
-from vllm_zipvl.cache.compression import CompressionPass, compress
-from vllm_zipvl.cache.heap import HeapTables, PageHeap
+from vllm_zipvl.cache.compression import CompressionPass, compress, moves_of_plans
+from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
 from vllm_zipvl.cache.messages import (
     ChunkPlan,
     CompressionPlan,
@@ -240,8 +240,9 @@ class ZipVLWorker:
         for plans, kept_of in ((prompts, self._kept_of_prompts), (tails, self._kept_of_tails)):
             # Tables of a pass are as wide as its longest plan.
             for run in runs_of(plans, lambda plan: plan.end - plan.start, self._max_tokens, True):
-                kept = torch.cat(kept_of(run), dim=1)
-                self._launched.append(compress(run, kept, self._kv_caches, self.heap))
+                moves = moves_of_plans(run, self.heap.memory.device)
+                kept = kept_of(run, moves)
+                self._launched.append(compress(run, moves, kept, self._kv_caches, self.heap))
 
     def take_report(self) -> StepReport:
         """What earlier steps compressed, and this one unless a GPU would have to be waited for."""
@@ -255,8 +256,8 @@ class ZipVLWorker:
             reports |= launched.reports()
         return StepReport(reports)
 
-    def _kept_of_prompts(self, plans: Sequence[CompressionPlan]) -> list[torch.Tensor]:
-        """What their selections keep of the plans' tokens, [num_layers, num_tokens] each."""
+    def _kept_of_prompts(self, plans: Sequence[CompressionPlan], moves: Moves) -> torch.Tensor:
+        """What their selections keep of the plans' tokens, bool [num_layers, num_tokens]."""
         blocks = {plan.slot: plan.dense_block_ids for plan in plans}
 
         def keys(slots: list[int], contexts: Sequences) -> Callable[[int], torch.Tensor]:
@@ -272,17 +273,14 @@ class ZipVLWorker:
         num_layers, device = self.geometry.num_layers, self.slot_of_block.device
         masks = [self.prompts.take_masks(plan.slot, num_layers, device) for plan in plans]
         assert [mask.shape[1] for mask in masks] == [plan.context_len for plan in plans]
-        return [mask[:, : plan.end] for mask, plan in zip(masks, plans, strict=True)]
+        parts = zip(masks, moves.contexts.lengths, strict=True)
+        return torch.cat([mask[:, :length] for mask, length in parts], dim=1)
 
-    def _kept_of_tails(self, plans: Sequence[CompressionPlan]) -> list[torch.Tensor]:
+    def _kept_of_tails(self, plans: Sequence[CompressionPlan], moves: Moves) -> torch.Tensor:
         """The count rule within each tail, on this step's attention over its whole context."""
         assert self._tail_probes is not None
-        device = self.slot_of_block.device
-        tails = Sequences([plan.end - plan.start for plan in plans], device)
-        table = table_to_device([plan.dense_block_ids for plan in plans], device)
-        slots = to_device([plan.slot for plan in plans], device)
+        slots, tails = moves.slots, moves.contexts
         queries, lse = self._tail_probes.queries[:, slots], self._tail_probes.lse[:, slots]
-        mass = tail_scores(queries, lse, self._kv_caches, table, tails, self._scale)
+        mass = tail_scores(queries, lse, self._kv_caches, moves.block_table, tails, self._scale)
         mass = self._sum_over_ranks(mass)
-        kept = top_mask(mass, num_to_keep(mass, self.config, tails), tails)
-        return list(kept.split(tails.lengths, dim=1))
+        return top_mask(mass, num_to_keep(mass, self.config, tails), tails)

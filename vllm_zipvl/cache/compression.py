@@ -49,8 +49,21 @@ class CompressionPass:
         return reports
 
 
+def moves_of_plans(plans: Sequence[CompressionPlan], device: torch.device) -> Moves:
+    """Each plan's tokens [start, end), from its dense blocks into its heap blocks."""
+    return Moves(
+        slots=to_device([plan.slot for plan in plans], device),
+        block_table=table_to_device([plan.dense_block_ids for plan in plans], device),
+        contexts=Sequences([plan.end - plan.start for plan in plans], device),
+        heap_block_ids=[plan.heap_block_ids for plan in plans],
+        first_pages=to_device([plan.first_page for plan in plans], device),
+        is_first=[plan.start == 0 for plan in plans],
+    )
+
+
 def compress(
     plans: Sequence[CompressionPlan],
+    moves: Moves,
     kept: torch.Tensor,
     kv_caches: Sequence[torch.Tensor],
     heap: PageHeap,
@@ -59,22 +72,13 @@ def compress(
 
     Args:
         plans: Which tokens, from which blocks, into which.
+        moves: The same on the device.
         kept: The plans' tokens that are kept at high precision, bool [num_layers, num_tokens].
         kv_caches: Per layer, the dense blocks.
         heap: Receives the pages.
     """
-    device = kept.device
-    contexts = Sequences([plan.end - plan.start for plan in plans], device)
-    moves = Moves(
-        slots=to_device([plan.slot for plan in plans], device),
-        block_table=table_to_device([plan.dense_block_ids for plan in plans], device),
-        contexts=contexts,
-        heap_block_ids=[plan.heap_block_ids for plan in plans],
-        first_pages=to_device([plan.first_page for plan in plans], device),
-        is_first=[plan.start == 0 for plan in plans],
-    )
     num_pages = heap.move(moves, kv_caches, kept)
-    figures = torch.cat([num_pages[:, None], contexts.counts(kept).t()], dim=1)
+    figures = torch.cat([num_pages[:, None], moves.contexts.counts(kept).t()], dim=1)
     per_block = heap.geometry.pages_per_block
     reserved = {plan.plan_id: len(plan.heap_block_ids) * per_block for plan in plans}
     return CompressionPass(figures, reserved)

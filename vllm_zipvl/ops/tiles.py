@@ -1,4 +1,4 @@
-"""What the Triton kernels share: products and running maxima of tiles."""
+"""What the Triton kernels share: products and running maxima of tiles, places in blocks."""
 
 import triton
 import triton.language as tl
@@ -49,3 +49,15 @@ def rescale(top, scores):
     # A row that has seen nothing yet has no maximum.
     finite = tl.where(new_top == float("-inf"), 0.0, new_top)
     return new_top, tl.exp(top - finite), tl.exp(scores - finite[:, None])
+
+
+@triton.jit
+def places_of(
+    layer_starts, block_table, row, layer, head, positions, is_token, table_stride, block_stride,
+    head_stride, token_stride, block_size: tl.constexpr,
+):  # fmt: skip
+    """Elements of the layer that comes first from which on the row's tokens have their keys."""
+    entry = block_table + row * table_stride + positions // block_size
+    block = tl.load(entry, mask=is_token, other=0).to(tl.int64)
+    place = tl.load(layer_starts + layer) + block * block_stride + head * head_stride
+    return place + positions % block_size * token_stride

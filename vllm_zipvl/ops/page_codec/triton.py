@@ -13,9 +13,9 @@ from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.layers import Layers, find_layers
 from vllm_zipvl.ops.page_codec.tables import PageTables
-from vllm_zipvl.ops.page_codec.triton_norms import places_of, take_norms
+from vllm_zipvl.ops.page_codec.triton_norms import take_norms
 from vllm_zipvl.ops.page_codec.triton_quantise import encode_side
-from vllm_zipvl.ops.tiles import padded
+from vllm_zipvl.ops.tiles import padded, places_of
 
 TILE_TOKENS = 32
 TILE_CHANNELS = 16

@@ -1,4 +1,4 @@
-"""Key statistics of requests' first tokens, and where tokens lie in dense blocks."""
+"""Key statistics of requests' first tokens."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,10 @@ from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.layers import Layers
 from vllm_zipvl.ops.page_codec.tables import PageTables
-from vllm_zipvl.ops.tiles import padded
+from vllm_zipvl.ops.tiles import padded, places_of
 
 TILE_TOKENS = 32
 _MIN_KEY_SCALE = tl.constexpr(MIN_KEY_SCALE)
-
-
-@triton.jit
-def places_of(
-    layer_starts, block_table, row, layer, head, positions, is_token, table_stride, block_stride,
-    head_stride, token_stride, block_size: tl.constexpr,
-):  # fmt: skip
-    """Elements of the layer that comes first from which on the row's tokens have their keys."""
-    entry = block_table + row * table_stride + positions // block_size
-    block = tl.load(entry, mask=is_token, other=0).to(tl.int64)
-    place = tl.load(layer_starts + layer) + block * block_stride + head * head_stride
-    return place + positions % block_size * token_stride
 
 
 @triton.jit(do_not_specialize=["table_stride"])

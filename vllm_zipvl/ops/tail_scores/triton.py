@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.layers import find_layers
-from vllm_zipvl.ops.tiles import dot, padded, tile_side
+from vllm_zipvl.ops.tiles import dot, padded, places_of, tile_side
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "table_stride"])
@@ -44,10 +44,10 @@ def _scores(
     channels, members = tl.arange(0, channels_padded), tl.arange(0, group_padded)
     is_channel, is_member = channels < head_size, members < group
 
-    entry = block_table + request * table_stride + positions // block_size
-    block = tl.load(entry, mask=is_token, other=0).to(tl.int64)
-    source = tl.load(layer_starts + layer) + block * block_stride + head * head_stride
-    source += positions % block_size * token_stride
+    source = places_of(
+        layer_starts, block_table, request, layer, head, positions, is_token, table_stride,
+        block_stride, head_stride, token_stride, block_size,
+    )  # fmt: skip
     mask = is_token[:, None] & is_channel[None, :]
     k = tl.load(dense + source[:, None] + channels[None, :], mask=mask, other=0)
 
