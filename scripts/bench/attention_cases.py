@@ -3,6 +3,7 @@
 Tensors are made on torch's default device.
 """
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -62,17 +63,25 @@ def agree(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         raise SystemExit(f"{name} differs from its reference by {error:.3g} > {budget:.3g}")
 
 
-@cache
-def _prompt(
-    layer: Layer, num_tokens: int, ratio: float, device: torch.device
+def prompt_batch(
+    config: ZipVLConfig, geometry: PageGeometry, num_tokens: int, device: torch.device
 ) -> tuple[PromptSelector, PromptBatch]:
-    """A prompt in one chunk; its places are found once for all layers, as by the backend."""
-    config = ZipVLConfig(ratio=ratio, min_tokens=1)
-    rules = CacheRules(config, layer.geometry(config.high_bits, config.low_bits))
+    """A step with a prompt in one chunk, which attends sparsely however short it is."""
+    rules = CacheRules(replace(config, min_tokens=1), geometry)
     selector = PromptSelector(rules, lambda mass: mass, num_tokens)
     chunk = ChunkPlan("bench", 0, 0, 0, num_tokens, True, False)
     (batch,) = selector.batches([chunk], device)
     return selector, batch
+
+
+@cache
+def _prompt(
+    layer: Layer, num_tokens: int, ratio: float, device: torch.device
+) -> tuple[PromptSelector, PromptBatch]:
+    """Its places are found once for all layers, as by the backend."""
+    config = ZipVLConfig(ratio=ratio)
+    geometry = layer.geometry(config.high_bits, config.low_bits)
+    return prompt_batch(config, geometry, num_tokens, device)
 
 
 def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,10 @@
 from dataclasses import replace
 
 import torch
-from attention_cases import DTYPE, moves_of
+from attention_cases import DTYPE, moves_of, prompt_batch
 from whole_model_decoder import ModelShape
 
-from vllm_zipvl.backend.prompts import PromptSelector
 from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
-from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 from vllm_zipvl.ops.dense_blocks import store_kv
@@ -51,15 +48,13 @@ class Prompt:
         slots = self.block_ids[:, None] * block_size + torch.arange(block_size)
         self.slots = slots.flatten()[:num_tokens]
         self.kernel = find_kernel("auto", self.slots.device.type, DTYPE, shape.layer.head_size)
-        # All prompts attend sparsely, those of a dry run too.
-        rules = CacheRules(replace(config, min_tokens=1), self.geometry)
-        self.selector = PromptSelector(rules, lambda mass: mass, num_tokens)
         self.begin()
 
     def begin(self) -> None:
         """Resolve the batch of a step."""
-        chunk = ChunkPlan("bench", 0, 0, 0, self.num_tokens, True, False)
-        (self.batch,) = self.selector.batches([chunk], self.slots.device)
+        self.selector, self.batch = prompt_batch(
+            self.config, self.geometry, self.num_tokens, self.slots.device
+        )
 
     @property
     def end(self) -> int:

@@ -220,8 +220,13 @@ def decode_attention(
     log_total = torch.empty(num_queries, num_heads, **floats)
     if num_queries == 0:
         return log_total
-    channels_padded = padded(head_size)
     kv_cache = context.kv_cache
+    sizes = {
+        "head_size": head_size,
+        "channels_padded": padded(head_size),
+        "num_shares": num_shares,
+        "num_parts": num_parts,
+    }
     _attend[(num_queries, num_kv_heads, num_parts * num_shares)](
         *(x.contiguous() for x in (query, folded, offsets)),
         scale,
@@ -235,14 +240,11 @@ def decode_attention(
         num_kv_heads=num_kv_heads,
         group=group,
         group_padded=padded(group),
-        head_size=head_size,
-        channels_padded=channels_padded,
         block_size=kv_cache.shape[2],
-        num_shares=num_shares,
-        num_parts=num_parts,
         tile_tokens=tile_side(head_size, kv_cache.element_size()),
         high=_layout(geometry, geometry.high_bits),
         low=_layout(geometry, geometry.low_bits),
+        **sizes,
     )
     _combine[(num_queries * num_heads,)](
         partial,
@@ -250,12 +252,9 @@ def decode_attention(
         hadamard(head_size, device),
         out,
         log_total,
-        head_size=head_size,
-        channels_padded=channels_padded,
-        num_shares=num_shares,
-        num_parts=num_parts,
         shares_padded=triton.next_power_of_2(num_parts * num_shares),
         high_bits=geometry.high_bits,
         low_bits=geometry.low_bits,
+        **sizes,
     )
     return log_total
