@@ -22,6 +22,9 @@ class ZipVLConfig:
         high_bits: Precision of the kept tokens' keys and values in the cache; 16 means
             the model's own dtype.
         low_bits: Precision of the others; 0 evicts them.
+        window: Newest tokens that every query of a sparse prefill attends to, itself among them.
+        sinks: First tokens of the context that every query attends to. With `window` and `sinks`
+            0 a token that is not kept gets no attention output, as in the paper.
         probe_recent: Number of the chunk's last positions that probe.
         probe_random: Number of random positions of the chunk that probe.
         min_tokens: Contexts shorter than this prefill densely.
@@ -46,6 +49,8 @@ class ZipVLConfig:
     ratio: float | None = None
     high_bits: int = 4
     low_bits: int = 2
+    window: int = 64
+    sinks: int = 4
     probe_recent: int = 64
     probe_random: int = 64
     min_tokens: int = 512
@@ -68,6 +73,8 @@ class ZipVLConfig:
         if self.low_bits > self.high_bits:
             lower = tuple(bits for bits in LOW_BITS if bits <= self.high_bits)
             self._fail("low_bits", self.low_bits, f"at most high_bits: one of {lower}")
+        self._check_int("window", self.window, 0)
+        self._check_int("sinks", self.sinks, 0)
         self._check_int("probe_recent", self.probe_recent, 1)
         self._check_int("probe_random", self.probe_random, 0)
         self._check_int("min_tokens", self.min_tokens, 1)

@@ -91,22 +91,45 @@ def test_a_padded_row_is_the_row_alone(model, inputs, low_bits) -> None:
             assert torch.equal(mine, its)
 
 
-def test_what_is_not_kept_neither_attends_nor_is_attended_to() -> None:
+def attended(config: ZipVLConfig) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Output, kept mask, and queries, keys and values of one layer on 120 tokens."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 120, 32) for heads in (4, 2, 2))
-    cache = zipvl_cache(LOSSY)
+    cache = zipvl_cache(config)
     key, value = cache.update(key, value, 0)
     module = torch.nn.Module()
     module.is_causal = True
     out, _ = zipvl_attention(module, query, key, value, None)
     kept = cache.selections()[0].kept
     assert 0 < kept.sum() < 120
+    return out.transpose(1, 2), kept, [query, key, value]
+
+
+def test_by_the_papers_rule_what_is_not_kept_neither_attends_nor_is_attended_to() -> None:
+    config = ZipVLConfig(**{**vars(LOSSY), "window": 0, "sinks": 0})
+    out, kept, (query, key, value) = attended(config)
     expected = torch.zeros_like(query)
     # Causal among the kept tokens alone, as if there were no others.
     expected[:, :, kept] = torch.nn.functional.scaled_dot_product_attention(
         query[:, :, kept], key[:, :, kept], value[:, :, kept], is_causal=True, enable_gqa=True
     )
-    assert torch.allclose(out.transpose(1, 2), expected, atol=1e-6)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(9, 2), (1, 0), (0, 3), (300, 0)])
+def test_every_query_attends_to_its_neighbourhood(window: int, sinks: int) -> None:
+    config = ZipVLConfig(**{**vars(LOSSY), "window": window, "sinks": sinks, "probe_recent": 16})
+    out, kept, (query, key, value) = attended(config)
+    for i in range(120):
+        seen = [
+            j
+            for j in range(i + 1)
+            if j > i - window or j < sinks or (bool(kept[i]) and bool(kept[j]))
+        ]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, i : i + 1], key[:, :, seen], value[:, :, seen], enable_gqa=True
+        )
+        assert torch.allclose(out[:, :, i : i + 1], expected, atol=1e-6)
 
 
 def test_nothing_attends_to_what_was_evicted(model, inputs) -> None:

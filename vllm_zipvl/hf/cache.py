@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED, num_compressible
+from vllm_zipvl.core.neighbourhood import visible_pairs
 from vllm_zipvl.core.probes import num_visible_probes, probe_positions
 from vllm_zipvl.core.quantization import (
     KeyNorm,
@@ -30,6 +31,9 @@ from vllm_zipvl.core.selection import (
 )
 
 _LAYER = "_zipvl_layer"
+
+QUERIES_AT_ONCE = 512
+"""Bounds the memory of weights."""
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ZipVLConfig], Selection]
 """`core.selection.select`, or what a study puts in its place."""
@@ -135,15 +139,14 @@ class ZipVLLayer(DynamicLayer):
         request.prompt_len = end
         request.selection = self._select(request, query, key, scale)
         positions = torch.arange(start, end, device=key.device)
-        if not config.sparse_prefill or end < config.min_tokens or self._attends_densely:
-            return _attention(query, positions, key, value, scale)
         kept = request.selection.kept
-        queries = kept[start:]
-        out = torch.zeros_like(query)
-        tokens = kept.nonzero()[:, 0]
-        out[:, queries] = _attention(
-            query[:, queries], positions[queries], key[:, kept], value[:, kept], scale, tokens
-        )
+        if not config.sparse_prefill or end < config.min_tokens or self._attends_densely:
+            kept = torch.ones_like(kept)
+        out = torch.empty_like(query)
+        for rows in positions.split(QUERIES_AT_ONCE):
+            pairs = visible_pairs(rows, kept, config.window, config.sinks)
+            queries = query[:, rows - start]
+            out[:, rows - start] = _weighted(_weights(queries, pairs, key, scale), value)
         return out
 
     @property
@@ -183,8 +186,8 @@ class ZipVLLayer(DynamicLayer):
         """Attention of the queries at `positions`, summed over them and heads, float32 [end]."""
         if len(positions) == 0:
             return torch.zeros(key.shape[1], device=key.device)
-        weights = _weights(query[:, positions - start], positions, key, scale)
-        return weights.sum((0, 1))
+        pairs = torch.arange(key.shape[1], device=key.device) <= positions[:, None]
+        return _weights(query[:, positions - start], pairs, key, scale).sum((0, 1))
 
     def _decode(
         self,
@@ -199,8 +202,7 @@ class ZipVLLayer(DynamicLayer):
         num_new = num_tokens - request.evicted.shape[0]
         request.evicted = torch.nn.functional.pad(request.evicted.to(key.device), (0, num_new))
         there = (~request.evicted).nonzero()[:, 0]
-        position = torch.tensor([num_tokens - 1], device=key.device)
-        weights = _weights(query, position, key[:, there], scale, there)
+        weights = _weights(query, torch.ones_like(there, dtype=torch.bool), key[:, there], scale)
         out = _weighted(weights, value[:, there])
         if not request.is_prompt_compressed:
             # One step after the prompt, as in the engine, where the first token does not wait.
@@ -300,19 +302,16 @@ def _grouped(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 
 def _weights(
-    query: torch.Tensor,
-    query_positions: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    key_positions: torch.Tensor | None = None,
+    query: torch.Tensor, pairs: torch.Tensor, key: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal softmax weights, float32 [num_heads, num_queries, num_keys]."""
+    """Softmax weights over the visible pairs, float32 [num_heads, num_queries, num_keys].
+
+    A query that sees nothing has weights of 0.
+    """
     num_heads, num_queries, _ = query.shape
-    if key_positions is None:
-        key_positions = torch.arange(key.shape[1], device=key.device)
     scores = _grouped(query, key.shape[0]) @ key.float().transpose(1, 2) * scale
     scores = scores.reshape(num_heads, num_queries, -1)
-    return scores.masked_fill(key_positions > query_positions[:, None], -torch.inf).softmax(-1)
+    return scores.masked_fill_(~pairs, -torch.inf).softmax(-1).masked_fill_(~pairs, 0)
 
 
 def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -320,17 +319,6 @@ def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     num_heads, num_queries, num_keys = weights.shape
     grouped = weights.reshape(value.shape[0], -1, num_keys)
     return (grouped @ value.float()).reshape(num_heads, num_queries, -1).to(value.dtype)
-
-
-def _attention(
-    query: torch.Tensor,
-    query_positions: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    key_positions: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return _weighted(_weights(query, query_positions, key, scale, key_positions), value)
 
 
 def _through(x: torch.Tensor, bits: int) -> torch.Tensor:
