@@ -13,7 +13,7 @@ from vllm_zipvl.backend.metadata import ZipVLMetadata
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.messages import ChunkPlan, StepPlan
 from vllm_zipvl.cache.spec import CacheRules
-from vllm_zipvl.ops.prefill_attention import sdpa
+from vllm_zipvl.ops.prefill_attention import reference
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 2, 4, 2, 32
 BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS = 16, 6, 3
@@ -113,7 +113,7 @@ def test_a_profiling_run_takes_the_memory_of_the_longest_prompt(
     out = torch.full_like(query, torch.nan)
     assert not layer.impl.forward(layer, query, query, query, out, None, out).any()
     context = 64 * NUM_KV_HEADS * 2 * HEAD_SIZE
-    assert taken == ([] if is_planned else [4 * (2 * context + 4 * query.numel())])
+    assert taken == ([] if is_planned else [4 * (2 * context + 3 * query.numel())])
 
 
 def test_other_runs_between_steps_give_zeros(engine: Engine) -> None:
@@ -130,17 +130,21 @@ def test_a_new_request_also_empties_what_is_nobodys(engine: Engine) -> None:
     assert not tables.page_counts[:, [1, NOBODY]].any()
 
 
-@pytest.mark.parametrize("choice", ["auto", "sdpa"])
-def test_prompts_attend_by_the_chosen_kernel(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(monkeypatch, prefill_kernel=choice)
-    prefill_attention, calls = sdpa.prefill_attention, []
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_prompts_attend_by_the_kernel_that_was_found(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(monkeypatch)
+    prefill_attention, calls = reference.prefill_attention, []
 
     def noting(*arguments: Any) -> torch.Tensor:
-        calls.append(choice)
+        calls.append(kernel)
         return prefill_attention(*arguments)
 
-    monkeypatch.setattr(sdpa, "prefill_attention", noting)
+    monkeypatch.setattr(reference, "prefill_attention", noting)
+    for layer in engine.layers.values():
+        layer.impl.prefill_kernel = kernel
     chunk = ChunkPlan("a", 0, 1, 0, 16, False, False)
     engine.worker.begin_step(StepPlan(new_slots=[0], slot_of_block={1: 0}, chunks=[chunk]))
     assert engine.forward(16, [16]).isfinite().all()
-    assert calls == (["sdpa"] if choice == "sdpa" else [])
+    assert calls == (["reference"] if kernel == "reference" else [])
