@@ -92,16 +92,22 @@ def test_no_queries(num_tokens: int, implementation: ModuleType) -> None:
     assert out.shape == (0, 4, 64)
 
 
-def check_kept(shape: tuple[int, int], dtype: torch.dtype, choice: str = "auto") -> None:
+def check_kept(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    choice: str = "auto",
+    heads: tuple[int, int] = (6, 2),
+    head_size: int = 64,
+) -> None:
     seed(sum(shape))
-    query = torch.randn(shape[0], 6, 64).to(dtype)
-    key, value = torch.randn(2, shape[1], 2, 64).to(dtype)
+    query, scale = torch.randn(shape[0], heads[0], head_size).to(dtype), head_size**-0.5
+    key, value = torch.randn(2, shape[1], heads[1], head_size).to(dtype)
     for share in (0.0, 0.4, 1.0):
         kept = torch.rand(shape[1]) < share
         kept[-1] = True
-        out = sparse_prefill_attention(query, key, value, kept, 0.125, choice)
+        out = sparse_prefill_attention(query, key, value, kept, scale, choice)
         own = kept[shape[1] - shape[0] :]
-        expected = reference.prefill_attention(query[own], key[kept], value[kept], 0.125)
+        expected = reference.prefill_attention(query[own], key[kept], value[kept], scale)
         assert not out[~own].any()
         error = (out[own].float() - expected.float()).abs().max()
         assert error <= 4 * torch.finfo(dtype).eps * value.abs().max()
