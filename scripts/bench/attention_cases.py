@@ -11,8 +11,6 @@ import torch
 
 from vllm_zipvl.backend.prompts import PromptBatch, PromptSelector
 from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
-from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 from vllm_zipvl.core.sequences import Sequences
@@ -22,6 +20,8 @@ from vllm_zipvl.ops.decode_attention import reference as decode_reference
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
+from vllm_zipvl.plan import ChunkPlan
+from vllm_zipvl.rules import CacheRules
 
 DTYPE = torch.bfloat16
 RESIDUAL = 32

@@ -25,7 +25,6 @@ from stock_attention import BLOCK_SIZE, StockAttention
 
 from vllm_zipvl.cache.compression import compress, moves_of_plans
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
-from vllm_zipvl.cache.messages import CompressionPlan
 from vllm_zipvl.core.geometry import cdiv, num_compressible
 from vllm_zipvl.core.quantization import key_norm
 from vllm_zipvl.core.sequences import Sequences
@@ -33,6 +32,7 @@ from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv
 from vllm_zipvl.ops.page_codec import read_pages
 from vllm_zipvl.ops.page_codec import reference as codec_reference
+from vllm_zipvl.plan import CompressionPlan
 
 LAYER = Layer(num_heads=32, num_kv_heads=8, head_size=128, block_size=BLOCK_SIZE)
 NUM_LAYERS = 32

@@ -11,9 +11,9 @@ from vllm_zipvl.backend import impl as impl_module
 from vllm_zipvl.backend.impl import ZipVLAttentionImpl
 from vllm_zipvl.backend.metadata import ZipVLMetadata
 from vllm_zipvl.backend.worker import ZipVLWorker
-from vllm_zipvl.cache.messages import ChunkPlan, StepPlan
-from vllm_zipvl.cache.spec import CacheRules
+from vllm_zipvl.cache.spec import rules_of_layers
 from vllm_zipvl.ops.prefill_attention import api, reference
+from vllm_zipvl.plan import ChunkPlan, StepPlan
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 2, 4, 2, 32
 BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS = 16, 6, 3
@@ -45,7 +45,7 @@ class Engine:
             self.layers[layer.layer_name] = layer
             config.compilation_config.static_forward_context = self.layers
         shape = (NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE)
-        rules = CacheRules.of_layers(config, *shape, torch.float32)
+        rules = rules_of_layers(config, *shape, torch.float32)
         blocks = torch.randn(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
         self.kv_caches = dict(zip(self.layers, blocks.unbind(1), strict=True))
         self.worker = ZipVLWorker(rules, lambda mass: mass, 64)

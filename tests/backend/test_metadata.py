@@ -11,10 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vllm_zipvl.backend.metadata import Batch, ZipVLMetadata
 from vllm_zipvl.backend.prompts import Kind
 from vllm_zipvl.backend.worker import ZipVLWorker
-from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.plan import ChunkPlan
+from vllm_zipvl.rules import CacheRules
 
 BLOCK_SIZE, NUM_ROWS, NUM_SLOTS, NOBODY = 16, 4, 3, 3
 

@@ -19,14 +19,14 @@ from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache import heap as heap_module
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
-from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.near_attention import api as near_api
 from vllm_zipvl.ops.near_attention import triton as near_triton
 from vllm_zipvl.ops.prefill_attention import flash_attn, sparse_prefill_attention
+from vllm_zipvl.plan import ChunkPlan, CompressionPlan, StepPlan
+from vllm_zipvl.rules import CacheRules
 
 META = torch.device("meta")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 2, 4, 2, 32, 16

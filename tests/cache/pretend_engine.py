@@ -31,17 +31,19 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_zipvl import compat
+from vllm_zipvl.backend.messages import PlanMessage, ReportMessage
 from vllm_zipvl.backend.planner import num_computed_tokens
 from vllm_zipvl.cache.manager import HeapState, ZipVLManager
-from vllm_zipvl.cache.messages import (
+from vllm_zipvl.cache.registration import register_manager
+from vllm_zipvl.cache.spec import ZipVLSpec
+from vllm_zipvl.plan import (
     ChunkPlan,
     CompressionPlan,
     CompressionReport,
     StepPlan,
     StepReport,
 )
-from vllm_zipvl.cache.registration import register_manager
-from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec
+from vllm_zipvl.rules import CacheRules
 
 NUM_LAYERS = 3
 MAX_MODEL_LEN = 208
@@ -245,8 +247,9 @@ class PretendWorker:
         self._random = random.Random(seed)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
-        plan = scheduler_output.kv_connector_metadata
-        assert isinstance(plan, StepPlan)
+        message = scheduler_output.kv_connector_metadata
+        assert isinstance(message, PlanMessage)
+        plan = message.plan
         self._update_requests(scheduler_output)
         rows = self._begin_step(plan, scheduler_output)
         for row in rows:
@@ -259,13 +262,13 @@ class PretendWorker:
             is_last = row.end == len(sequence.tokens)
             assert row.chunk is None or row.chunk.ends_prompt == is_last
             sampled.append([sequence.sample(self._stop_every)] if is_last else [])
-        reports = {c.plan_id: self._compress(c) for c in plan.compressions}
+        report = StepReport({c.plan_id: self._compress(c) for c in plan.compressions})
         req_ids = [row.request_id for row in rows]
         return ModelRunnerOutput(
             req_ids=req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
             sampled_token_ids=sampled,
-            kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=StepReport(reports)),
+            kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=ReportMessage(report)),
         )
 
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -454,8 +457,8 @@ class PretendEngine:
         self.seen: Counter[str] = Counter()
         self.num_idle_steps = 0
         self._hasher = get_request_block_hasher(case.block_size, sha256)
-        self._late_reports: deque[StepReport] = deque(
-            StepReport({}) for _ in range(case.report_lag)
+        self._late_reports: deque[ReportMessage] = deque(
+            ReportMessage(StepReport({})) for _ in range(case.report_lag)
         )
         self._num_requests = 0
         self._planned: dict[int, Planned] = {}
@@ -549,7 +552,7 @@ class PretendEngine:
         """The scheduler takes over the oldest output."""
         scheduler_output, output = self.in_flight.popleft()
         self.scheduler.update_from_output(scheduler_output, output)
-        for plan_id in output.kv_connector_output.kv_connector_worker_meta.compressions:
+        for plan_id in output.kv_connector_output.kv_connector_worker_meta.report.compressions:
             planned = self._planned.pop(plan_id)
             if self._is_live(planned):
                 self._confirmed[id(planned.state)] = planned
@@ -571,7 +574,7 @@ class PretendEngine:
         self._check_is_whole()
 
     def _note_schedule(self, scheduler_output: SchedulerOutput, before: set[str]) -> None:
-        plan = scheduler_output.kv_connector_metadata
+        plan = scheduler_output.kv_connector_metadata.plan
         for compression in plan.compressions:
             state = self.manager.heaps[compression.request_id]
             assert state.pending is compression

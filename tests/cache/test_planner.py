@@ -7,7 +7,7 @@ import pytest
 from pretend_engine import Base, Case, PretendEngine
 
 from vllm_zipvl.cache.manager import MAX_WAITS, HeapState
-from vllm_zipvl.cache.messages import CompressionReport, StepPlan, StepReport
+from vllm_zipvl.plan import CompressionReport, StepPlan, StepReport
 
 BLOCK_SIZE = 16
 RESIDUAL = 32
@@ -24,7 +24,7 @@ def step(engine: PretendEngine, budget: int = 1000) -> StepPlan:
     engine.scheduler.max_num_scheduled_tokens = budget
     scheduler_output = engine.scheduler.schedule()
     engine.in_flight.append((scheduler_output, engine.worker.execute(scheduler_output)))
-    plan = scheduler_output.kv_connector_metadata
+    plan = scheduler_output.kv_connector_metadata.plan
     # A worker gets its own copy of a plan.
     return copy.deepcopy(plan)
 
@@ -33,7 +33,7 @@ def finish_step(engine: PretendEngine) -> StepReport:
     """The scheduler takes over the oldest output, and the report in it."""
     scheduler_output, output = engine.in_flight.popleft()
     engine.scheduler.update_from_output(scheduler_output, output)
-    return output.kv_connector_output.kv_connector_worker_meta
+    return output.kv_connector_output.kv_connector_worker_meta.report
 
 
 def prompt(num_tokens: int) -> list[int]:

@@ -102,6 +102,14 @@ class Memory:
         return ids.int()
 
 
+def num_blocks_of(shape: tuple[Row, ...], geometry: PageGeometry) -> int:
+    """Blocks that rows of the given shape take at most, and one that nobody uses."""
+    pages = [geometry.max_pages_per_layer(row.kept + row.rest) for row in shape]
+    tails = [row.tail // BLOCK_SIZE + 1 for row in shape]
+    # Kept tokens and the rest are in blocks of their own.
+    return sum(geometry.num_blocks(n) + 1 for n in pages) + sum(tails) + 1
+
+
 def make_case(
     geometry: PageGeometry,
     dtype: torch.dtype,
@@ -111,10 +119,12 @@ def make_case(
 ) -> Case:
     """Rows of the given shape; slots are permuted, unused table entries lead to NaN."""
     seed(len(shape))
-    memory = Memory(geometry, dtype, 200, first_block)
+    memory = Memory(geometry, dtype, max(200, num_blocks_of(shape, geometry)), first_block)
     num_rows, heads = len(shape), (geometry.num_kv_heads, geometry.head_size)
-    page_table = torch.full((num_rows, 600), memory.unused * geometry.pages_per_block).int()
-    block_table = torch.full((num_rows, 250), memory.unused).int()
+    longest = max(sum(counts) for counts in shape)
+    width = max(600, geometry.max_pages_per_layer(longest))
+    page_table = torch.full((num_rows, width), memory.unused * geometry.pages_per_block).int()
+    block_table = torch.full((num_rows, max(250, longest // BLOCK_SIZE + 2)), memory.unused).int()
     norms = torch.stack([torch.zeros(num_rows, *heads), torch.ones(num_rows, *heads)], dim=1)
     if normalised:
         norms = torch.stack([torch.randn(num_rows, *heads), torch.rand(num_rows, *heads) + 0.5], 1)
@@ -127,7 +137,7 @@ def make_case(
         kept_ids, kept = memory.put_pages(kept, geometry.high_bits, norms[slot])
         rest_ids, rest = memory.put_pages(rest, geometry.low_bits, norms[slot])
         page_table[slot, : len(kept_ids)] = kept_ids
-        page_table[slot, 600 - len(rest_ids) :] = rest_ids.flip(0)
+        page_table[slot, width - len(rest_ids) :] = rest_ids.flip(0)
         starts.append(-(-(counts.kept + counts.rest) // BLOCK_SIZE) * BLOCK_SIZE)
         blocks = memory.put_tail(tail)
         block_table[row, starts[-1] // BLOCK_SIZE :][: len(blocks)] = blocks

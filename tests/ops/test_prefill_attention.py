@@ -96,32 +96,38 @@ NEIGHBOURHOODS = [(0, 0), (1, 0), (7, 2), (64, 4), (0, 20), (300, 3)]
 
 def masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pairs: torch.Tensor,
-    dtype: torch.dtype, weight_dtype: torch.dtype,
+    scale: float, dtype: torch.dtype, weight_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """As `eager`, over the visible pairs; zeros where there is none."""
     group = query.shape[1] // key.shape[1]
     k, v = (x.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1) for x in (key, value))
-    scores = query.to(dtype).transpose(0, 1) @ k.transpose(1, 2) * 0.125
+    scores = query.to(dtype).transpose(0, 1) @ k.transpose(1, 2) * scale
     weights = scores.masked_fill(~pairs, float("-inf")).softmax(-1).nan_to_num(0)
     return (weights.to(weight_dtype).to(dtype) @ v).transpose(0, 1)
 
 
 def check_sparse(
-    shape: tuple[int, int], dtype: torch.dtype, window: int, sinks: int, choice: str = "auto"
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    window: int,
+    sinks: int,
+    choice: str = "auto",
+    heads: tuple[int, int] = (6, 2),
+    head_size: int = 64,
 ) -> None:
     seed(sum(shape) + window)
-    query = torch.randn(shape[0], 6, 64).to(dtype)
-    key, value = torch.randn(2, shape[1], 2, 64).to(dtype)
+    query, scale = torch.randn(shape[0], heads[0], head_size).to(dtype), head_size**-0.5
+    key, value = torch.randn(2, shape[1], heads[1], head_size).to(dtype)
     positions = torch.arange(shape[1] - shape[0], shape[1])
     for share in (0.0, 0.4, 1.0):
         kept = torch.rand(shape[1]) < share
         kept[-1] = True
         pairs = visible_pairs(positions, kept, window, sinks)
-        out = sparse_prefill_attention(query, key, value, kept, 0.125, window, sinks, choice)
+        out = sparse_prefill_attention(query, key, value, kept, scale, window, sinks, choice)
         assert out.dtype == dtype
         assert not out[~pairs.any(-1)].any()
-        exact = masked(query, key, value, pairs, torch.float64, torch.float64)
-        same = masked(query, key, value, pairs, torch.float32, dtype).to(dtype)
+        exact = masked(query, key, value, pairs, scale, torch.float64, torch.float64)
+        same = masked(query, key, value, pairs, scale, torch.float32, dtype).to(dtype)
         eps = torch.finfo(dtype).eps * value.abs().max()
         assert (out.double() - exact).abs().max() <= 3 * (same - exact).abs().max() + eps
 
@@ -228,7 +234,7 @@ def test_what_the_kernel_lacks_uses_the_reference() -> None:
         q, k, v = query.to(dtype), *kv.to(dtype)
         out = sparse_prefill_attention(q, k, v, kept, 0.2, 2, 1)
         pairs = visible_pairs(torch.arange(4, 9), kept, 2, 1)
-        exact = masked(q * 0.2 / 0.125, k, v, pairs, torch.float64, torch.float64)
+        exact = masked(q, k, v, pairs, 0.2, torch.float64, torch.float64)
         assert torch.allclose(out.double(), exact, atol=1e-5)
 
 

@@ -28,26 +28,37 @@ def places(positions: torch.Tensor, num_random: int) -> ProbePlaces:
     return ProbePlaces(positions, is_random, lengths(len(positions)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [(28, 4), (8, 8), (32, 8)][: 2 if INTERPRETED else 3], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 63, 111, 300 if INTERPRETED else 1000])
-def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+def check_mass(
+    num_tokens: int,
+    heads: tuple[int, int],
+    head_size: int,
+    dtype: torch.dtype,
+    num_probes: tuple[int, int],
+) -> None:
+    """Of so many random and recent probes, or fewer where there are not as many tokens."""
     seed(num_tokens)
-    recent = torch.arange(max(0, num_tokens - 10), num_tokens)
-    random = torch.randperm(int(recent[0]))[:7].sort().values
+    recent = torch.arange(max(0, num_tokens - num_probes[1]), num_tokens)
+    random = torch.randperm(int(recent[0]))[: num_probes[0]].sort().values
     positions = torch.cat([random, recent])
-    queries = torch.randn(len(positions), heads[0], 64).to(dtype)
-    keys = torch.randn(num_tokens, heads[1], 64).to(dtype)
-    probes = places(positions, len(random))
-    found = probe_scores(queries, probes, keys, lengths(num_tokens), 0.125)
-    exact = truth(queries, positions, keys, 0.125, torch.float64)
-    same = truth(queries, positions, keys, 0.125, torch.float32)
+    queries = torch.randn(len(positions), heads[0], head_size).to(dtype)
+    keys = torch.randn(num_tokens, heads[1], head_size).to(dtype)
+    probes, scale = places(positions, len(random)), head_size**-0.5
+    found = probe_scores(queries, probes, keys, lengths(num_tokens), scale)
+    exact = truth(queries, positions, keys, scale, torch.float64)
+    same = truth(queries, positions, keys, scale, torch.float32)
     for mass, part in zip(found, (slice(len(random)), slice(len(random), None)), strict=True):
         assert mass.dtype == torch.float32
         expected = exact[part].sum(0)
         rounding = torch.finfo(torch.float32).eps * len(positions) * heads[0]
         budget = 4 * (same[part].sum(0) - expected).abs().max() + rounding * expected.max()
         assert ((mass.double() - expected).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(28, 4), (8, 8), (32, 8)][: 2 if INTERPRETED else 3], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 63, 111, 300 if INTERPRETED else 1000])
+def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    check_mass(num_tokens, heads, 64, dtype, (7, 10))
 
 
 def test_contexts_side_by_side_are_as_each_alone() -> None:

@@ -15,7 +15,7 @@ from vllm_zipvl.backend.requirements import check_layer, check_same_scale
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.heap import HeapTables
-from vllm_zipvl.cache.spec import CacheRules, make_tables, max_gathered_tokens
+from vllm_zipvl.cache.spec import make_tables, max_gathered_tokens, rules_of_layers
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PAGE_TOKENS
 from vllm_zipvl.ops.decode_attention import decode_attention, workspace_bytes
@@ -112,7 +112,7 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         """What all layers share."""
         # The tables do not depend on the size of a block, which may not be known yet.
         shape = (self.num_kv_heads, self.head_size, PAGE_TOKENS)
-        rules = CacheRules.of_layers(vllm_config, *shape, dtype)
+        rules = rules_of_layers(vllm_config, *shape, dtype)
         if vllm_config.model_config.original_max_model_len != AUTO_LENGTH:
             self.tables = make_tables(rules, vllm_config, device)
         if config.compress:

@@ -16,9 +16,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_zipvl.backend.prompts import PromptBatch
 from vllm_zipvl.backend.worker import ZipVLWorker
-from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.decode_attention import DecodeRows
+from vllm_zipvl.plan import ChunkPlan
 
 
 class PromptRows(NamedTuple):

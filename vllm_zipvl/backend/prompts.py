@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from vllm_zipvl.backend.runs import runs_of
-from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.selection import Selection, cap_selection, select, stack
 from vllm_zipvl.core.sequences import Chunks, Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
+from vllm_zipvl.plan import ChunkPlan
+from vllm_zipvl.rules import CacheRules
 
 
 class Kind(Enum):

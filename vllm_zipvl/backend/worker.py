@@ -9,14 +9,6 @@ from vllm_zipvl.backend.runs import runs_of
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.cache.compression import CompressionPass, compress, moves_of_plans
 from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
-from vllm_zipvl.cache.messages import (
-    ChunkPlan,
-    CompressionPlan,
-    CompressionReport,
-    StepPlan,
-    StepReport,
-)
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.core.selection import num_to_keep, top_mask
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import table_to_device, to_device
@@ -26,6 +18,14 @@ from vllm_zipvl.ops.page_codec import PageTables, write_tokens
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 from vllm_zipvl.ops.tail_scores import tail_scores
+from vllm_zipvl.plan import (
+    ChunkPlan,
+    CompressionPlan,
+    CompressionReport,
+    StepPlan,
+    StepReport,
+)
+from vllm_zipvl.rules import CacheRules
 
 
 class ZipVLWorker:

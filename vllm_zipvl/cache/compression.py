@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from vllm_zipvl.cache.heap import Moves, PageHeap
-from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import table_to_device, to_device
+from vllm_zipvl.plan import CompressionPlan, CompressionReport
 
 
 class CompressionPass:

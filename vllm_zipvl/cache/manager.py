@@ -17,9 +17,10 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.request import Request
 
-from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
-from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec
+from vllm_zipvl.cache.spec import ZipVLSpec
 from vllm_zipvl.core.geometry import PageGeometry, cdiv
+from vllm_zipvl.plan import CompressionPlan, CompressionReport
+from vllm_zipvl.rules import CacheRules
 
 MAX_WAITS = 4
 """Steps in a row that wait for a compression: planned in the next step, reported within three."""

@@ -2,11 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorMetadata,
-    KVConnectorWorkerMetadata,
-)
-
 
 @dataclass(slots=True)
 class ChunkPlan:
@@ -71,7 +66,7 @@ class CompressionPlan:
 
 
 @dataclass
-class StepPlan(KVConnectorMetadata):
+class StepPlan:
     """Everything a worker needs to know about a step.
 
     The block that holds a request's last token belongs to that request alone, so it names the
@@ -104,15 +99,19 @@ class CompressionReport:
 
 
 @dataclass
-class StepReport(KVConnectorWorkerMetadata):
-    """Reports by plan id; all tensor-parallel ranks must agree."""
+class StepReport:
+    """Reports by plan id."""
 
     compressions: dict[int, CompressionReport]
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
-        if not isinstance(other, StepReport) or other.compressions != self.compressions:
+    def check_same(self, other: "StepReport") -> None:
+        """All tensor-parallel ranks must agree.
+
+        Raises:
+            RuntimeError: The other rank's report differs.
+        """
+        if other != self:
             raise RuntimeError(
                 "tensor-parallel ranks disagree on what was compressed: "
                 f"{self} against {other}; their attention scores must be equal"
             )
-        return self
