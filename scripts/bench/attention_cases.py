@@ -85,9 +85,18 @@ def _prompt(
 
 def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """What the backend asks of one layer of a prompt in one chunk, float32 [num_tokens]."""
-    _, batch = _prompt(layer, len(query), 1.0, query.device)
+    selector, batch = _prompt(layer, len(query), 1.0, query.device)
     queries, contexts = query[batch.probe_places], batch.rows.contexts
-    return probe_scores(queries, batch.probes, key, contexts, layer.scale).sum(0)
+    near = selector.config.window, selector.config.sinks
+    return probe_scores(queries, batch.probes, key, contexts, layer.scale, *near).sum((0, 1))
+
+
+def prefill_kept(layer: Layer, query: torch.Tensor, key: torch.Tensor, ratio: float) -> float:
+    """Share of the tokens that `sparse_prefill` keeps."""
+    selector, batch = _prompt(layer, len(query), ratio, query.device)
+    kept = selector.select(0, batch, query, key, layer.scale)
+    assert kept is not None
+    return float(kept.float().mean())
 
 
 def sparse_prefill(
@@ -138,7 +147,7 @@ def check_prefill(layer: Layer) -> None:
     positions = torch.tensor([250, 299])
     is_random = torch.tensor([True, False])
     probes = ProbePlaces(positions, is_random, Sequences([2], cache.device))
-    mass = probe_scores(query[:2], probes, key, contexts, layer.scale).sum(0)
+    mass = probe_scores(query[:2], probes, key, contexts, layer.scale, 0, 0).sum((0, 1))
     keys = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).double()
     scores = torch.einsum("ihd,jhd->ihj", query[:2].double(), keys * layer.scale)
     hidden = torch.arange(num_tokens) > positions[:, None, None]

@@ -17,6 +17,7 @@ from attention_cases import (
     check_decode,
     check_prefill,
     decode_case,
+    prefill_kept,
     randn,
     sparse_prefill,
 )
@@ -74,7 +75,7 @@ def prefill_row(num_tokens: int, repeats: int) -> dict[str, Any]:
     def sparse() -> torch.Tensor:
         return sparse_prefill(LAYER, query, key, value, cache, slots, PREFILL_KEPT)
 
-    kept = float(sparse().any(dim=-1).any(dim=-1).float().mean())
+    kept = prefill_kept(LAYER, query, key, PREFILL_KEPT)
     baseline, seconds = in_turns(repeats, dense, sparse)
     shape = {"tokens": num_tokens, "heads": LAYER.heads}
     return row("prefill", shape, "sparse", seconds, BASELINE, baseline, kept=kept)

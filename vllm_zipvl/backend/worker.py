@@ -134,9 +134,9 @@ class ZipVLWorker:
         key, value = gather_kv(kv_cache, zero[None], one).chunk(2, dim=-1)
         store_kv(key, value, kv_cache, zero[:0].long())
         probe = ProbePlaces(zero.long(), zero.bool(), one)
-        probe_scores(query[:1], probe, key, one, 1.0)
-        prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
         near = self.config.window, self.config.sinks
+        probe_scores(query[:1], probe, key, one, 1.0, *near)
+        prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
         sparse_prefill_attention(query[:1], key, value, zero == 0, 1.0, *near, prefill_kernel)
         if self._tail_probes is not None:
             queries, lse = self._tail_probes.queries[:, :1], self._tail_probes.lse[:, :1]
