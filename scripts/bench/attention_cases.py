@@ -120,12 +120,13 @@ def sparse_prefill(
 def moves_of(
     slot: int, block_ids: torch.Tensor, num_tokens: int, heap_block_ids: list[int]
 ) -> Moves:
-    """A prompt's first tokens into a slot's pages."""
+    """A prompt's first tokens into a slot's pages, without a dense head."""
     device = block_ids.device
     return Moves(
         slots=to_device([slot], device),
         block_table=block_ids[None],
         contexts=Sequences([num_tokens], device),
+        ends=to_device([num_tokens], device, torch.int32),
         heap_block_ids=[heap_block_ids],
         first_pages=to_device([0], device),
         is_first=[True],
@@ -183,7 +184,8 @@ def decode_case(
     )  # fmt: skip
     every = torch.arange(num_rows, dtype=torch.int32)
     ends = torch.full((num_rows,), end, dtype=torch.int32)
-    return context, DecodeRows(every, every, ends, torch.full_like(ends, num_tokens))
+    no_head, lens = torch.zeros_like(ends), torch.full_like(ends, num_tokens)
+    return context, DecodeRows(every, every, no_head, ends, lens)
 
 
 def check_decode(layer: Layer, bits: tuple[int, int], kept: float) -> None:

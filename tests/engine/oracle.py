@@ -91,7 +91,8 @@ class Choice:
         scores: What ranks the tokens, [n].
         num: Tokens kept by rank.
         always: Tokens kept in any case, bool [n].
-        kept: Bool [n], or [b] where a prompt is compressed.
+        kept: Bool [n]; where a prompt is compressed, of those tokens.
+        first: The position of the first of them.
     """
 
     mass: torch.Tensor
@@ -100,6 +101,7 @@ class Choice:
     num: int
     always: torch.Tensor
     kept: torch.Tensor
+    first: int = 0
 
 
 @dataclass
@@ -248,8 +250,14 @@ class Request:
             x = x + model.mlp(f"{name}.mlp", model.norm(f"{name}.post_attention_layernorm", x))
         return model.logits(x[-1])
 
+    @property
+    def head_len(self) -> int:
+        """The blocks of the first `sinks` tokens stay as they are."""
+        return math.ceil(self.config.sinks / self.block_size) * self.block_size
+
     def _num_compressible(self, n: int) -> int:
-        return num_compressible(n, self.config.residual, self.block_size)
+        end = num_compressible(n, self.config.residual, self.block_size)
+        return end if end > self.head_len else 0
 
     def prefill(self, tokens: torch.Tensor, is_last: bool) -> torch.Tensor:
         end = self.num_tokens + len(tokens)
@@ -297,7 +305,7 @@ class Request:
             at = torch.tensor(positions, dtype=torch.long)
             keys = layer.keys[:, :n]
             weights = attention_weights(queries[at - start], at, keys, columns, self.model.scale)
-            weights = weights.unflatten(1, (-1, len(at))).sum((0, 1))
+            weights = weights.unflatten(1, (queries.shape[1] // len(keys), len(at))).sum((0, 1))
             return torch.stack([(weights * part).sum(0) for part in (~near(at), near(at))])
 
         random = mass_of(probes.random.tolist())
@@ -333,8 +341,9 @@ class Request:
             if exceeded:
                 num = math.floor(num * factor)
                 kept = top(choice.scores, num) | choice.always
-            mine = replace(choice, num=num, kept=kept[:end])
-            self._compress(i, 0, end, self._settle(Event("prompt", end, i), mine))
+            start = self.head_len
+            mine = replace(choice, num=num, kept=kept[start:end], first=start)
+            self._compress(i, start, end, self._settle(Event("prompt", end, i), mine))
         self.compressed_len = end
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
@@ -344,7 +353,7 @@ class Request:
         """
         config = self.config
         n = self.num_tokens + 1
-        first, last = self.compressed_len, self._num_compressible(n)
+        first, last = max(self.compressed_len, self.head_len), self._num_compressible(n)
         due = config.compress and n - first >= config.interval + config.residual and last > first
         due = due and self.awaiting is None
 
@@ -376,9 +385,9 @@ class Request:
 
     def _compress(self, index: int, start: int, end: int, kept: torch.Tensor) -> None:
         layer = self.layers[index]
-        if start == 0:
+        if start == self.head_len:
             # Of the request's first compression, kept or not; later ones use it too.
-            norm = torch.std_mean(layer.keys[:, :end], dim=1, correction=0, keepdim=True)
+            norm = torch.std_mean(layer.keys[:, start:end], dim=1, correction=0, keepdim=True)
             layer.key_norm = tuple(self._shake(x).half().to(x.dtype) for x in norm)
         std, mean = layer.key_norm
         for mask, bits in ((kept, self.config.high_bits), (~kept, self.config.low_bits)):

@@ -321,7 +321,7 @@ class Bounds:
         first_out = ranked[fewest] if fewest < len(ranked) else -1.0
         last_in = ranked[most - 1] if most else torch.inf
         tied = (truth.scores <= first_out * (1 + error)) & (truth.scores >= last_in * (1 - error))
-        return (tied & ~truth.always)[: len(truth.kept)]
+        return (tied & ~truth.always)[truth.first :][: len(truth.kept)]
 
 
 class Stretch(NamedTuple):

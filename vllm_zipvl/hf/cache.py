@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import UNQUANTISED, num_compressible
+from vllm_zipvl.core.geometry import UNQUANTISED, cdiv, num_compressible
 from vllm_zipvl.core.neighbourhood import visible_pairs
 from vllm_zipvl.core.probes import num_far_probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.quantization import (
@@ -63,7 +63,7 @@ class Request:
         num_recent: Recent probes of the newest chunk.
         is_decoding: Whether the prompt is complete.
         is_prompt_compressed: Whether the step after the prompt is over.
-        compressed_len: Tokens that were compressed or evicted.
+        compressed_len: Where the compressed or evicted tokens end; 0 for none.
         norm: Statistics of the keys compressed first.
         evicted: Positions that nobody attends to any more, bool [tokens so far].
     """
@@ -225,12 +225,12 @@ class ZipVLLayer(DynamicLayer):
             # One step after the prompt, as in the engine, where the first token does not wait.
             request.is_prompt_compressed = True
             kept = self.cache.prompt_masks(row)[self.cache.layers.index(self)]
-            self._compress(
-                request, 0, self.cache.compressible(request.prompt_len), kept, key, value
-            )
+            start, end = self.cache.head_len, self.cache.compressible(request.prompt_len)
+            self._compress(request, start, end, kept[start:end], key, value)
             return out
         config = self.cache.config
-        start, end = request.compressed_len, self.cache.compressible(num_tokens)
+        start = max(request.compressed_len, self.cache.head_len)
+        end = self.cache.compressible(num_tokens)
         if num_tokens - start >= config.interval + config.residual and end > start:
             mass = torch.zeros(num_tokens, device=key.device)
             mass[there] = weights.sum((0, 1))
@@ -249,12 +249,11 @@ class ZipVLLayer(DynamicLayer):
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
-        """Tokens [start, end) go to their precision; `kept` says which are the important ones."""
+        """Tokens [start, end) go to their precision; `kept` says which of them are important."""
         if end <= start:
             return
-        kept = kept[: end - start]
         if request.norm is None:
-            request.norm = key_norm(key[:, :end].transpose(0, 1))
+            request.norm = key_norm(key[:, start:end].transpose(0, 1))
         config = self.cache.config
         for mask, bits in ((kept, config.high_bits), (~kept, config.low_bits)):
             positions = start + mask.nonzero()[:, 0]
@@ -292,11 +291,17 @@ class ZipVLCache(Cache):
         self.num_dense_layers = num_dense_layers
         self._masks: dict[int, torch.Tensor] = {}
 
+    @property
+    def head_len(self) -> int:
+        """First tokens that stay whole: the sinks, in whole blocks."""
+        return cdiv(self.config.sinks, self.block_size) * self.block_size
+
     def compressible(self, num_tokens: int) -> int:
-        """Tokens [0, end) of a context that may be compressed."""
+        """Where the tokens end, from the head on, that may be compressed; 0 if there are none."""
         if not self.config.compress:
             return 0
-        return num_compressible(num_tokens, self.config.residual, self.block_size)
+        end = num_compressible(num_tokens, self.config.residual, self.block_size)
+        return end if end > self.head_len else 0
 
     def selections(self, row: int = 0) -> list[Selection]:
         """What each layer's prefill attended to in the newest chunk of a row's prompt."""
