@@ -119,7 +119,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_a_step_with_prompts_decodes_and_compressions(
     settings: dict[str, Any], kernels: list[torch.Tensor]
 ) -> None:
-    worker = make_worker(ZipVLConfig(min_tokens=64, probe_recent=16, probe_random=16, **settings))
+    worker = make_worker(ZipVLConfig(min_tokens=80, probe_recent=16, probe_random=16, **settings))
     chunks = [
         ChunkPlan("a", 0, 1, 0, 100, True, False),
         ChunkPlan("b", 1, 2, 96, 200, True, False),
