@@ -166,7 +166,7 @@ def test_a_step_with_prompts_decodes_and_compressions(
     worker.begin_step(StepPlan(compressions=plans))
     worker.compress_planned()
     prompts, tail = kernels
-    assert prompts.shape == (NUM_LAYERS, 96 + 192 + 48)
+    assert prompts.shape == (NUM_LAYERS, 96 + 192 + 48 - 3 * 16)
     assert tail.shape == (NUM_LAYERS, 128)
     assert [x._figures.shape for x in worker._launched] == [(3, 3), (1, 3)]
 
