@@ -19,7 +19,6 @@ from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_at
 from vllm_zipvl.ops.decode_attention import reference as decode_reference
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
-from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 from vllm_zipvl.plan import ChunkPlan
 from vllm_zipvl.rules import CacheRules
@@ -117,7 +116,8 @@ def sparse_prefill(
     selector, batch = _prompt(layer, len(query), ratio, query.device)
     kept = selector.select(0, batch, query, key, layer.scale)
     assert kept is not None
-    return sparse_prefill_attention(query, key, value, kept, layer.scale, chunks=batch.rows)
+    near = selector.config.window, selector.config.sinks
+    return sparse_prefill_attention(query, key, value, kept, layer.scale, *near, chunks=batch.rows)
 
 
 def moves_of(
@@ -139,7 +139,7 @@ def check_prefill(layer: Layer) -> None:
     num_tokens = 300
     query = randn(100, layer.num_heads, layer.head_size)
     key, value = randn(2, num_tokens, layer.num_kv_heads, layer.head_size)
-    expected = prefill_reference.prefill_attention(query, key, value, layer.scale)
+    expected = prefill_attention(query, key, value, layer.scale, "reference")
     agree("prefill attention", prefill_attention(query, key, value, layer.scale), expected)
     num_blocks = cdiv(num_tokens, layer.block_size)
     cache = randn(num_blocks, layer.num_kv_heads, layer.block_size, 2 * layer.head_size)

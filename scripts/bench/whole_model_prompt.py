@@ -76,7 +76,10 @@ class Prompt:
         store_kv(key, value, self.kv_caches[layer], self.slots)
         kept = self.selector.select(layer, batch, query, key, scale)
         assert kept is not None
-        return sparse_prefill_attention(query, key, value, kept, scale, self.kernel, batch.rows)
+        near = self.config.window, self.config.sinks
+        return sparse_prefill_attention(
+            query, key, value, kept, scale, *near, self.kernel, batch.rows
+        )
 
     def masks(self) -> torch.Tensor:
         """What the cache keeps at high precision of the tokens that are compressed, by layer."""

@@ -22,6 +22,8 @@ from vllm_zipvl.cache.heap import HeapTables, PageHeap
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.transfer import to_device
+from vllm_zipvl.ops.near_attention import api as near_api
+from vllm_zipvl.ops.near_attention import triton as near_triton
 from vllm_zipvl.ops.prefill_attention import flash_attn, sparse_prefill_attention
 from vllm_zipvl.plan import ChunkPlan, CompressionPlan, StepPlan
 from vllm_zipvl.rules import CacheRules
@@ -83,16 +85,30 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
-def varlen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.empty_like(query)
+def varlen(query: torch.Tensor, *args: Any, wants_lse: bool = False, **kwargs: Any) -> Any:
+    out = torch.empty_like(query)
+    return (out, out.new_empty(query.shape[1::-1]).float()) if wants_lse else out
+
+
+class Unlaunched:
+    """A Triton kernel on tensors without values."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Unlaunched":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """In the place of kernels, what leaves no trace but that it was called."""
     written: list[torch.Tensor] = []
-    monkeypatch.setattr(flash_attn, "find_varlen", lambda: flash_attn.VarlenAttention(varlen, 3))
+    found = flash_attn.VarlenAttention(varlen, 3, "wants_lse")
+    monkeypatch.setattr(flash_attn, "find_varlen", lambda: found)
     monkeypatch.setattr(flash_attn, "why_not", lambda *what: None)
+    monkeypatch.setattr(near_triton, "_attend_near", Unlaunched())
+    monkeypatch.setattr(near_api, "triton_module", lambda *what: near_triton)
     monkeypatch.setattr(heap_module, "write_tokens", lambda *args: written.append(args[3]))
     return written
 
@@ -130,7 +146,9 @@ def test_a_step_with_prompts_decodes_and_compressions(
         for layer in range(NUM_LAYERS):
             kept = worker.prompts.select(layer, rows.batch, query, key, SCALE)
             if kept is not None:
-                sparse_prefill_attention(query, key, key, kept, SCALE, "flash_attn", chunks_of_kind)
+                sparse_prefill_attention(
+                    query, key, key, kept, SCALE, 64, 4, "flash_attn", chunks_of_kind
+                )
     worker.compress_planned()
     worker.end_step()
 

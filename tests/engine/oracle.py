@@ -139,8 +139,9 @@ def attention_weights(
     keys: torch.Tensor,
     columns: torch.Tensor,
     scale: float,
+    far: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax over the keys at or before each query.
+    """Softmax over the keys at or before each query; weights of 0 where none is left.
 
     Args:
         queries: [num_queries, num_heads, head_size].
@@ -148,14 +149,16 @@ def attention_weights(
         keys: [num_kv_heads, num_keys, head_size].
         columns: Their positions; one past all rows hides a key.
         scale: Softmax scale.
+        far: Pairs that are hidden too, bool [num_queries, num_keys].
 
     Returns:
         [num_kv_heads, queries per KV head x num_queries, num_keys].
     """
     grouped = queries.unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)
     scores = (grouped.flatten(1, 2) * scale) @ keys.transpose(1, 2)
-    hidden = (columns > rows[:, None]).repeat(grouped.shape[1], 1)
-    return scores.masked_fill_(hidden, -math.inf).softmax(-1)
+    hidden = columns > rows[:, None]
+    hidden = (hidden if far is None else hidden | far).repeat(grouped.shape[1], 1)
+    return scores.masked_fill_(hidden, -math.inf).softmax(-1).nan_to_num(0)
 
 
 def weighted(weights: torch.Tensor, values: torch.Tensor, num_queries: int) -> torch.Tensor:
@@ -244,7 +247,7 @@ class Request:
         return num_compressible(n, self.config.residual, self.block_size)
 
     def prefill(self, tokens: torch.Tensor, is_last: bool) -> torch.Tensor:
-        start, end = self.num_tokens, self.num_tokens + len(tokens)
+        end = self.num_tokens + len(tokens)
         config = self.config
         sparse = config.sparse_prefill and end >= config.min_tokens and len(tokens) > 1
         if is_last and config.compress and self._num_compressible(end):
@@ -254,21 +257,26 @@ class Request:
         def attend(index: int, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
             layer = self.layers[index]
             mass, visible, num_recent = self._probe(layer, rows, queries)
-            kept = torch.ones(end, dtype=torch.bool)
+            columns, far = torch.arange(end), None
             if chooses:
                 choice = self._choose(mass, visible, num_recent)
                 chosen = self._settle(Event("chunk", end, index), choice)
-                kept = chosen if sparse else kept
-            columns = kept.nonzero().flatten()
-            mine = kept[start:]
-            weights = attention_weights(
-                queries[mine], rows[mine], layer.keys[:, columns], columns, self.model.scale
-            )
-            out = torch.zeros_like(queries)
-            out[mine] = weighted(weights, layer.values[:, columns], int(mine.sum()))
-            return out
+                far = self._far(chosen, rows) if sparse else None
+            keys, values = layer.keys[:, :end], layer.values[:, :end]
+            weights = attention_weights(queries, rows, keys, columns, self.model.scale, far)
+            return weighted(weights, values, len(rows))
 
         return self._forward(tokens, attend)
+
+    def _far(self, kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Pairs that are neither both kept nor in the query's neighbourhood."""
+        far = torch.ones(len(rows), len(kept), dtype=torch.bool)
+        for i, row in enumerate(rows.tolist()):
+            far[i, max(0, row + 1 - self.config.window) : row + 1] = False
+            far[i, : self.config.sinks] = False
+            if kept[row]:
+                far[i, kept] = False
+        return far
 
     def _probe(
         self, layer: Layer, rows: torch.Tensor, queries: torch.Tensor

@@ -87,7 +87,6 @@ CASES = {
             "low_bits": 2,
             "residual": 0,
             "interval": 48,
-            "prefill_kernel": "sdpa",
         },
         [(300, 60), (500, 60), (900, 60), (1500, 60)],
         {"max_num_batched_tokens": 256, "block_size": 16},

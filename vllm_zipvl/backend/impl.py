@@ -183,11 +183,11 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         """Hold for a moment what a step may take, so that memory profiling sees it.
 
         Of prompts, keys and values of their contexts, gathered from blocks, and the kept ones of
-        them; queries in the same order and three states of the output. Then, of decode rows, what
+        them; queries in the same order and two states of the output. Then, of decode rows, what
         their kernel works in.
         """
         contexts = 2 * 2 * self.gathered_tokens * self.num_kv_heads * self.head_size
-        prompt_bytes = (contexts + 4 * query.numel()) * query.element_size()
+        prompt_bytes = (contexts + 3 * query.numel()) * query.element_size()
         query.new_empty(max(prompt_bytes, self.decode_bytes), dtype=torch.uint8)
 
     def _attend_prompts(
@@ -213,7 +213,8 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         if kept is None:
             out[tokens] = prefill_attention(q, k, v, self.scale, kernel, chunks)
         else:
-            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, kernel, chunks)
+            near = worker.config.window, worker.config.sinks
+            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, *near, kernel, chunks)
 
     def _attend_decodes(
         self,

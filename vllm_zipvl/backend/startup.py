@@ -51,7 +51,8 @@ def describe(vllm_config: VllmConfig, config: ZipVLConfig) -> str:
     geometry = rules.geometry
     rule = f"ratio {config.ratio}" if config.ratio is not None else f"tau {config.tau}"
     prefill = (
-        f"sparse prefill from {config.min_tokens} tokens"
+        f"sparse prefill from {config.min_tokens} tokens with a window of {config.window} and "
+        f"{config.sinks} sinks"
         if config.sparse_prefill
         else "dense prefill"
     )

@@ -136,7 +136,8 @@ class ZipVLWorker:
         probe = ProbePlaces(zero.long(), zero.bool(), one)
         probe_scores(query[:1], probe, key, one, 1.0)
         prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
-        sparse_prefill_attention(query[:1], key, value, zero == 0, 1.0, prefill_kernel)
+        near = self.config.window, self.config.sinks
+        sparse_prefill_attention(query[:1], key, value, zero == 0, 1.0, *near, prefill_kernel)
         if self._tail_probes is not None:
             queries, lse = self._tail_probes.queries[:, :1], self._tail_probes.lse[:, :1]
             tail_scores(queries, lse, self._kv_caches, zero[None], one, 1.0)
