@@ -102,6 +102,14 @@ def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Te
     return probe_scores(queries, batch.probes, key, contexts, layer.scale).sum(0)
 
 
+def selected(layer: Layer, query: torch.Tensor, key: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The tokens of a prompt that a layer keeps, bool [num_tokens]."""
+    selector, batch = _prompt(layer, len(query), ratio, query.device)
+    kept = selector.select(0, batch, query, key, layer.scale)
+    assert kept is not None
+    return kept
+
+
 def sparse_prefill(
     layer: Layer,
     query: torch.Tensor,
@@ -114,8 +122,7 @@ def sparse_prefill(
     """What the backend does for one layer of a prompt in one chunk."""
     store_kv(key, value, kv_cache, slots)
     selector, batch = _prompt(layer, len(query), ratio, query.device)
-    kept = selector.select(0, batch, query, key, layer.scale)
-    assert kept is not None
+    kept = selected(layer, query, key, ratio)
     near = selector.config.window, selector.config.sinks
     return sparse_prefill_attention(query, key, value, kept, layer.scale, *near, chunks=batch.rows)
 
@@ -190,7 +197,7 @@ def decode_case(
     pages = geometry.num_pages(num_high, bits[0]) + geometry.num_pages(num_low, bits[1])
     blocks = torch.randperm(num_rows * geometry.num_blocks(pages)).view(num_rows, -1)
     tail = cdiv(num_tokens - end, block_size)
-    num_pages = blocks.numel() * geometry.pages_per_block
+    num_pages = (blocks.numel() if is_filled else 1) * geometry.pages_per_block
     memory = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
     heap = PageHeap(memory, geometry, HeapTables(geometry, num_rows, num_tokens))
     block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)

@@ -18,6 +18,7 @@ from attention_cases import (
     check_prefill,
     decode_case,
     randn,
+    selected,
     sparse_prefill,
 )
 from attention_rows import row
@@ -74,7 +75,7 @@ def prefill_row(num_tokens: int, repeats: int) -> dict[str, Any]:
     def sparse() -> torch.Tensor:
         return sparse_prefill(LAYER, query, key, value, cache, slots, PREFILL_KEPT)
 
-    kept = float(sparse().any(dim=-1).any(dim=-1).float().mean())
+    kept = float(selected(LAYER, query, key, PREFILL_KEPT).float().mean())
     baseline, seconds = in_turns(repeats, dense, sparse)
     shape = {"tokens": num_tokens, "heads": LAYER.heads}
     return row("prefill", shape, "sparse", seconds, BASELINE, baseline, kept=kept)

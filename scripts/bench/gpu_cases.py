@@ -15,6 +15,7 @@ from attention_cases import (
     moves_of,
     probe_mass,
     randn,
+    selected,
     sparse_prefill,
 )
 from dense_attention import DenseAttention
@@ -90,8 +91,8 @@ class PrefillCase:
         return probe_mass(self.layer, self.query, self.key)
 
     def kept(self) -> float:
-        """Share of the tokens that attend, the recent probes among them."""
-        return float(self.sparse().any(dim=-1).any(dim=-1).float().mean())
+        """Share of the tokens that attend among each other, the recent probes among them."""
+        return float(selected(self.layer, self.query, self.key, PREFILL_KEPT).float().mean())
 
 
 class CompressCase:

@@ -21,7 +21,7 @@ from gpu_cases import (
     decode_shapes,
     layer_of,
 )
-from gpu_variants import Variant, applied, variants
+from gpu_variants import Variant, applied, tuned_shapes, variants
 
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.tail_scores import tail_scores
@@ -72,13 +72,14 @@ def _check(is_dry: bool) -> None:
         check(DenseAttention(layer_of(MODELS[0], is_dry)), torch.get_default_device())
 
 
-def _model(is_dry: bool) -> None:
+def _model(op: str, is_dry: bool) -> None:
     from whole_model import thin_bench
-    from whole_model_measure import decode_rows
+    from whole_model_measure import decode_rows, prefill_rows
 
     num_tokens, num_requests = (DRY_TOKENS, 2) if is_dry else (MODEL_TOKENS, MODEL_REQUESTS)
     with torch.inference_mode():
-        list(decode_rows(thin_bench(is_dry, num_tokens, num_requests)))
+        bench = thin_bench(is_dry, num_tokens, num_requests)
+        list(decode_rows(bench) if op == "decode" else prefill_rows(bench, num_tokens))
 
 
 def layer_cases(is_dry: bool) -> Cases:
@@ -96,16 +97,18 @@ def tuning_cases(is_dry: bool) -> Cases:
     """Every variant of decode attention that is tried."""
     return {
         f"decode {shape}, {variant}": partial(_variant, shape, variant)
-        for shape in decode_shapes(is_dry)
+        for shape in tuned_shapes(is_dry)
         for variant in variants(shape, is_dry)
     }
 
 
 def model_cases(is_dry: bool) -> Cases:
     """What a whole decoder launches, and the check before it."""
-    found: Cases = {"model": _model}
-    # A dry run of the model itself goes through the check, which takes long to interpret.
-    return found if is_dry else found | {"check": _check}
+    found: Cases = {"prefill": partial(_model, "prefill")}
+    if is_dry:
+        # These take long to interpret, and a dry run of the model itself goes through them.
+        return found
+    return found | {"decode": partial(_model, "decode"), "check": _check}
 
 
 GROUPS = {"layer": layer_cases, "tuning": tuning_cases, "model": model_cases}

@@ -90,11 +90,11 @@ def first_look(call: Call) -> Parts:
     program = call.program
     return {
         "card": Part(program("gpu_card", "card"), 30, 6),
-        "compile": Part(program("gpu_compile", "compile", "layer"), 45, 24),
+        "compile": Part(program("gpu_compile", "compile", "layer"), 45, 30),
         "gate": gate(call, 50),
         "decode": Part(program("gpu_decode", "decode"), 45, 12, is_timing=True),
         "counters": Part(program("gpu_counters", "counters"), 35, 8, is_timing=True),
-        "profile": Part(program("gpu_profile", "profile"), 30, 40, is_timing=True),
+        "profile": Part(program("gpu_profile", "profile"), 30, 36, is_timing=True),
     }
 
 

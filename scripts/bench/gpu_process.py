@@ -13,7 +13,7 @@ from gpu_parts import Part
 
 PROGRESS = re.compile(r"[.sxXFE]+( +\[ *\d+%\])?")
 """A line of pytest's, a letter for each test."""
-NUM_ERROR_LINES, LINE_WIDTH = 4, 180
+NUM_ERROR_LINES = 4
 
 
 class Outcome(NamedTuple):
@@ -50,7 +50,7 @@ def _shown(part: Part, output: str, errors: str, status: int | None) -> list[str
     lines = output.rstrip().splitlines()[-part.num_lines :]
     if status:
         lines += ["! " + line for line in errors.rstrip().splitlines()[-NUM_ERROR_LINES:]]
-    return [line[:LINE_WIDTH] for line in lines]
+    return lines
 
 
 def run(

@@ -14,7 +14,7 @@ from gpu_program import Report, begin, parser_of
 from gpu_timing import kernel_times, milliseconds
 
 PREFILL_TOKENS = (8192, 32768)
-NUM_SHOWN = 9
+NUM_SHOWN = 8
 REPEAT = 100
 """Milliseconds of each figure."""
 NOISE = re.compile(r"void |at::native::|at::|\(anonymous namespace\)::|cub::\w+::|\(.*")
@@ -28,7 +28,7 @@ def add_kernels(report: Report, title: str, run: Callable[[], object], is_dry: b
     line = f"{title}: {1000 * total:.0f} us in {launches:.0f} launches"
     report.add(line, case=title, ms=total, kernels=found)
     for kernel in kernels[:NUM_SHOWN]:
-        name = NOISE.sub("", kernel.name)[:80]
+        name = NOISE.sub("", kernel.name)[:70]
         print(f"  {1000 * kernel.milliseconds:7.1f} us {kernel.launches:5.1f} x {name}", flush=True)
 
 

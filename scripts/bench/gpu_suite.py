@@ -38,6 +38,8 @@ from gpu_process import Outcome, run
 
 RESERVE = 4
 """Seconds for the table and what ends with the programs."""
+TABLE_CHARACTERS, WIDTHS = 11_000, (180, 130, 90)
+"""What a table may have, and how wide its lines are: as wide as fits."""
 
 
 class Suite:
@@ -84,12 +86,16 @@ class Suite:
 
     @property
     def table(self) -> str:
+        tables = ["".join(line[:width] + "\n" for line in self._lines()) for width in WIDTHS]
+        return next((table for table in tables if len(table) <= TABLE_CHARACTERS), tables[-1])
+
+    def _lines(self) -> list[str]:
         taken = time.monotonic() - self.started
         lines = [f"==== {self.title}: {taken:.0f} s of {self.seconds:.0f} ===="]
         for name, outcome in self.outcomes.items():
             lines.append(f"== {name}: {self._headline(name)}")
             lines += [] if isinstance(outcome, str) else outcome.lines
-        return "\n".join(lines) + "\n"
+        return lines
 
     def _save(self, parts: Parts) -> None:
         found = {

@@ -5,11 +5,11 @@ TRITON_INTERPRET=1 python scripts/bench/gpu_tuning.py --json OUT --dry-run
 """
 
 import torch
-from gpu_cases import DECODE_TOKENS, DRY_TOKENS, DecodeCase, DecodeShape, decode_shapes, layer_of
+from gpu_cases import DECODE_TOKENS, DRY_TOKENS, DecodeCase, DecodeShape, layer_of
 from gpu_decode import free
 from gpu_program import Report, begin, parser_of
 from gpu_timing import replayed_milliseconds
-from gpu_variants import Variant, applied, variants
+from gpu_variants import Variant, applied, tuned_shapes, variants
 
 REPEAT = 60
 """Milliseconds of each figure."""
@@ -49,8 +49,7 @@ class Tuning:
 def main() -> None:
     arguments = parser_of(__doc__).parse_args()
     report, is_dry = begin(arguments), arguments.dry_run
-    shapes = [shape for shape in decode_shapes(is_dry) if shape.num_rows > 1]
-    for shape in shapes:
+    for shape in tuned_shapes(is_dry):
         tuning = Tuning(report, shape, is_dry)
         tried = variants(shape, is_dry)
         for variant in tried:

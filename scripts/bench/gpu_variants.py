@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from gpu_cases import BITS, DecodeShape, layer_of
+from gpu_cases import BITS, DecodeShape, decode_shapes, layer_of
 
 from vllm_zipvl.ops.decode_attention import triton as kernels
 
@@ -70,6 +70,10 @@ def _num_shares(shape: DecodeShape, variant: Variant, is_dry: bool) -> int:
     programs = shape.num_rows * layer_of(shape.model, is_dry).num_kv_heads * NUM_PARTS
     with applied(variant):
         return kernels._num_shares(programs, torch.get_default_device())
+
+
+def tuned_shapes(is_dry: bool) -> list[DecodeShape]:
+    return [shape for shape in decode_shapes(is_dry) if shape.num_rows > 1]
 
 
 def variants(shape: DecodeShape, is_dry: bool) -> list[Variant]:
