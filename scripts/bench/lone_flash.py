@@ -6,7 +6,8 @@ against it, without what vLLM imports.
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -49,8 +50,9 @@ def find() -> str | None:
 def _import_alone(folders: list[str]) -> str | None:
     """With stand-ins for the packages around it."""
     _forget_vllm()
-    vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
-    vllm.__path__ = folders
+    spec = ModuleSpec("vllm", None, is_package=True)
+    spec.submodule_search_locations = folders
+    vllm, platforms = module_from_spec(spec), ModuleType("vllm.platforms")
     platforms.current_platform = SimpleNamespace(  # type: ignore[attr-defined]
         has_device_capability=_has_capability, is_device_capability_family=_is_of_family
     )

@@ -12,7 +12,7 @@ import pytest
 from gpu_environment import ROOT
 from gpu_parts import OCCASIONS, Call, Part
 from gpu_process import has_failures, run
-from gpu_suite import Suite
+from gpu_suite import TABLE_CHARACTERS, Suite
 
 PROGRAM = ROOT / "scripts" / "bench" / "gpu_suite.py"
 DRY_RUNS = ("A", "B", "C")
@@ -89,6 +89,14 @@ def test_what_overruns_is_cut_and_named(tmp_path: Path) -> None:
     assert "half\n== next: ok, " in call.table
     assert "whole" in call.table
     assert not call.is_whole
+
+
+def test_a_table_of_long_lines_fits(tmp_path: Path) -> None:
+    call = suite(tmp_path, 60)
+    many = "print('\\n'.join(100 * ['first' + 300 * 'x']))"
+    call.run({"wide": Part([sys.executable, "-c", many], 20, num_lines=100)})
+    assert len(call.table) < TABLE_CHARACTERS
+    assert call.table.count("firstxxx") == 100
 
 
 def test_nothing_starts_without_time(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import lone_flash
 torch.cuda.get_device_capability = lambda: (9, 0)
 print(lone_flash.find(), "|", [name for name in sys.modules if name.startswith("vllm")])
 from vllm_zipvl.ops.prefill_attention.flash_attn import find_varlen
-print(find_varlen())
+print(find_varlen(), lone_flash.find())
 """
 
 
@@ -51,9 +51,10 @@ def test_its_interface_is_enough(vllm: Path) -> None:
     first, second = found(vllm)
     assert first.startswith("None |")
     assert "version=3" in second
+    assert second.endswith(" None"), "found again"
 
 
 def test_why_it_is_not_there(vllm: Path) -> None:
     interface = "raise ImportError('built for another torch')\n"
     (vllm / "vllm" / "vllm_flash_attn" / "__init__.py").write_text(interface)
-    assert found(vllm) == ["built for another torch | []", "None"]
+    assert found(vllm) == ["built for another torch | []", "None built for another torch"]
