@@ -33,7 +33,12 @@ WITHOUT_VLLM = [
     "vllm_zipvl.cache.heap",
     "vllm_zipvl.cache.compression",
 ]
-BENCHMARKS_WITHOUT_VLLM = ["attention", "attention_gpu", "whole_model"]
+BENCHMARKS_WITHOUT_VLLM = [
+    "attention",
+    "attention_gpu",
+    "whole_model",
+    *(path.stem for path in BENCH.glob("gpu_*.py")),
+]
 
 
 @pytest.mark.parametrize("names", [WITHOUT_VLLM, BENCHMARKS_WITHOUT_VLLM], ids=lambda n: n[0])

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--device", choices=MODULES, default="cpu")
     parser.add_argument("--json", type=Path, required=True, help="where the rows are written")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--models", nargs="+", help="on a GPU: whose layers; all without it")
     parser.add_argument("--repeats", type=int, default=7, help="on the CPU")
     parser.add_argument(
         "--dry-run", action="store_true", help="of the GPU's code, on the CPU: no figures"
@@ -38,7 +39,7 @@ def main() -> None:
     torch.manual_seed(0)
     module = import_module(MODULES[arguments.device])
     if arguments.device == "cuda":
-        rows_of = module.measure(arguments.ops, arguments.dry_run)
+        rows_of = module.measure(arguments.ops, arguments.dry_run, arguments.models)
     else:
         rows_of = module.measure(arguments.ops, arguments.repeats)
     about = {

@@ -12,7 +12,7 @@ import torch
 from vllm_zipvl.backend.prompts import PromptBatch, PromptSelector
 from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
+from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry, cdiv, num_compressible
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
@@ -40,6 +40,11 @@ class Layer(NamedTuple):
         return [self.num_heads, self.num_kv_heads, self.head_size]
 
     @property
+    def label(self) -> str:
+        """Its heads, of queries and of keys."""
+        return f"{self.num_heads}/{self.num_kv_heads}"
+
+    @property
     def scale(self) -> float:
         return self.head_size**-0.5
 
@@ -54,12 +59,19 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=DTYPE)
 
 
-def agree(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Stop the run if an operation is off by more than a few roundings of the dtype."""
+def fault(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """How an operation is off by more than a few roundings of the dtype, if it is."""
     error = float((found.float() - expected.float()).abs().max())
     budget = 4 * torch.finfo(DTYPE).eps * float(expected.abs().max())
-    if not error <= budget:
-        raise SystemExit(f"{name} differs from its reference by {error:.3g} > {budget:.3g}")
+    if error <= budget:
+        return None
+    return f"differs from its reference by {error:.3g} > {budget:.3g}"
+
+
+def agree(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Stop the run if an operation is off."""
+    if reason := fault(found, expected):
+        raise SystemExit(f"{name} {reason}")
 
 
 def prompt_batch(
@@ -91,12 +103,12 @@ def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Te
     return probe_scores(queries, batch.probes, key, contexts, layer.scale, *near).sum((0, 1))
 
 
-def prefill_kept(layer: Layer, query: torch.Tensor, key: torch.Tensor, ratio: float) -> float:
-    """Share of the tokens that `sparse_prefill` keeps."""
+def selected(layer: Layer, query: torch.Tensor, key: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The tokens of a prompt that a layer keeps, bool [num_tokens]."""
     selector, batch = _prompt(layer, len(query), ratio, query.device)
     kept = selector.select(0, batch, query, key, layer.scale)
     assert kept is not None
-    return float(kept.float().mean())
+    return kept
 
 
 def sparse_prefill(
@@ -111,8 +123,7 @@ def sparse_prefill(
     """What the backend does for one layer of a prompt in one chunk."""
     store_kv(key, value, kv_cache, slots)
     selector, batch = _prompt(layer, len(query), ratio, query.device)
-    kept = selector.select(0, batch, query, key, layer.scale)
-    assert kept is not None
+    kept = selected(layer, query, key, ratio)
     near = selector.config.window, selector.config.sinks
     return sparse_prefill_attention(query, key, value, kept, layer.scale, *near, chunks=batch.rows)
 
@@ -156,10 +167,31 @@ def check_prefill(layer: Layer) -> None:
     agree("probe scores", mass, exact)
 
 
-def decode_case(
+def decode_bytes(
     layer: Layer, num_rows: int, num_tokens: int, bits: tuple[int, int], kept: float
+) -> int:
+    """What a decode step has to read of the rows of a `decode_case`."""
+    geometry = layer.geometry(*bits)
+    end = num_compressible(num_tokens, RESIDUAL, layer.block_size)
+    num_high = round(kept * end)
+    read = num_high * geometry.token_head_bytes(bits[0])
+    read += (end - num_high) * geometry.token_head_bytes(bits[1])
+    read += (num_tokens - end) * geometry.token_head_bytes(UNQUANTISED)
+    return read * num_rows * layer.num_kv_heads
+
+
+def decode_case(
+    layer: Layer,
+    num_rows: int,
+    num_tokens: int,
+    bits: tuple[int, int],
+    kept: float,
+    is_filled: bool = True,
 ) -> tuple[CachedContext, DecodeRows]:
-    """Rows whose prompts are compressed, in memory where pages of all rows are mixed."""
+    """Rows whose prompts are compressed, in memory where pages of all rows are mixed.
+
+    Those that are not filled have no pages: enough to compile what attends to them.
+    """
     geometry, block_size = layer.geometry(*bits), layer.block_size
     end = num_compressible(num_tokens, RESIDUAL, block_size)
     mask = torch.arange(end) < round(kept * end)
@@ -167,11 +199,11 @@ def decode_case(
     pages = geometry.num_pages(num_high, bits[0]) + geometry.num_pages(num_low, bits[1])
     blocks = torch.randperm(num_rows * geometry.num_blocks(pages)).view(num_rows, -1)
     tail = cdiv(num_tokens - end, block_size)
-    num_pages = blocks.numel() * geometry.pages_per_block
+    num_pages = (blocks.numel() if is_filled else 1) * geometry.pages_per_block
     memory = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
     heap = PageHeap(memory, geometry, HeapTables(geometry, num_rows, num_tokens))
     block_table = torch.zeros(num_rows, cdiv(num_tokens, block_size), dtype=torch.int32)
-    for i in range(num_rows):
+    for i in range(num_rows if is_filled else 0):
         prompt = randn(end // block_size, layer.num_kv_heads, block_size, 2 * layer.head_size)
         moves = moves_of(i, torch.arange(len(prompt)), end, blocks[i].tolist())
         heap.move(moves, [prompt], mask[None])
@@ -191,7 +223,7 @@ def decode_case(
 def check_decode(layer: Layer, bits: tuple[int, int], kept: float) -> None:
     context, rows = decode_case(layer, 2, 300, bits, kept)
     query = randn(2, layer.num_heads, layer.head_size)
-    out, expected = torch.empty_like(query), torch.empty_like(query)
+    out, expected = (torch.full_like(query, torch.nan) for _ in range(2))
     decode_attention(query, context, rows, layer.scale, out)
     decode_reference.decode_attention(query, context, rows, layer.scale, expected)
     agree(f"decode attention at {bits}", out, expected)

@@ -17,8 +17,8 @@ from attention_cases import (
     check_decode,
     check_prefill,
     decode_case,
-    prefill_kept,
     randn,
+    selected,
     sparse_prefill,
 )
 from attention_rows import row
@@ -75,7 +75,7 @@ def prefill_row(num_tokens: int, repeats: int) -> dict[str, Any]:
     def sparse() -> torch.Tensor:
         return sparse_prefill(LAYER, query, key, value, cache, slots, PREFILL_KEPT)
 
-    kept = prefill_kept(LAYER, query, key, PREFILL_KEPT)
+    kept = float(selected(LAYER, query, key, PREFILL_KEPT).float().mean())
     baseline, seconds = in_turns(repeats, dense, sparse)
     shape = {"tokens": num_tokens, "heads": LAYER.heads}
     return row("prefill", shape, "sparse", seconds, BASELINE, baseline, kept=kept)

@@ -15,6 +15,7 @@ import triton
 from attention_cases import DTYPE, Layer, randn
 
 from vllm_zipvl.core.geometry import cdiv
+from vllm_zipvl.ops.prefill_attention.flash_attn import find_varlen
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)
@@ -183,20 +184,20 @@ class TritonFp8Rows(Fp8Values, TritonRows):
 class FlashFp8Rows(Fp8Values):
     """`fp8` on Hopper: FlashAttention 3, which chooses its splits by itself."""
 
-    def __init__(self, layer: Layer, num_rows: int, num_tokens: int, version: int) -> None:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
+    def __init__(self, layer: Layer, num_rows: int, num_tokens: int) -> None:
+        found = find_varlen()
+        assert found is not None
         super().__init__(layer, num_rows, num_tokens, 2 * layer.head_size)
         self.fill()
-        self.kernel = f"FA{version}"
+        self.kernel = f"FA{found.version}"
         key, value = self.cache.view(FP8).split(layer.head_size, dim=-1)
         descale = torch.ones(()).expand(num_rows, layer.num_kv_heads)
         self.attend = partial(
-            flash_attn_varlen_func, q=self.query, k=key, v=value, out=self.out,
+            found.function, q=self.query, k=key, v=value, out=self.out,
             cu_seqlens_q=self.query_start_loc, max_seqlen_q=1, seqused_k=self.seq_lens,
             max_seqlen_k=num_tokens, softmax_scale=layer.scale, causal=True,
-            block_table=self.block_table, fa_version=version, q_descale=descale,
-            k_descale=descale, v_descale=descale,
+            block_table=self.block_table, q_descale=descale, k_descale=descale,
+            v_descale=descale,
         )  # fmt: skip
 
     def __call__(self) -> torch.Tensor:
@@ -280,8 +281,7 @@ def fp8_rows(layer: Layer, num_rows: int, num_tokens: int) -> PagedRows:
     from vllm.v1.attention.backends import fa_utils
 
     if fa_utils.flash_attn_supports_kv_cache_dtype("fp8", head_size=layer.head_size):
-        version = fa_utils.get_flash_attn_version(head_size=layer.head_size)
-        return FlashFp8Rows(layer, num_rows, num_tokens, version)
+        return FlashFp8Rows(layer, num_rows, num_tokens)
     return TritonFp8Rows(layer, num_rows, num_tokens)
 
 

@@ -1,7 +1,6 @@
 """The best dense attention at hand on a GPU: vLLM's FlashAttention 3 or 2, else torch's own."""
 
 from collections.abc import Callable
-from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import torch
@@ -13,12 +12,6 @@ from vllm_zipvl.ops.prefill_attention.flash_attn import find_varlen
 
 PAGE = 16
 """Tokens of a block of the paged cache that FlashAttention decodes from."""
-
-
-def vllm_version() -> str:
-    """Whose kernels the baselines are."""
-    names = packages_distributions().get("vllm")
-    return version(names[0]) if names else "not installed"
 
 
 class DenseAttention:

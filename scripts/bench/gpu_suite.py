@@ -1,167 +1,130 @@
-"""Everything that needs a GPU: a few checks first, then timings, then all checks.
+"""What needs a GPU, cut into occasions of a few minutes; a GPU is at hand for 15 in all.
 
-    python scripts/bench/gpu_suite.py --out DIR [--vllm DIR] [--only PART ...]
-    python scripts/bench/gpu_suite.py --out DIR --dry-run   # the same on a CPU, interpreted
+    python scripts/bench/gpu_suite.py A --out DIR [--vllm DIR] [--only PART ...]
+    python scripts/bench/gpu_suite.py A --out DIR --dry-run   # the same on a CPU, interpreted
 
-DIR/suite.zip gets a log per part, the benchmarks' JSON, and suite.json: what ran, how it ended, how
-long it took. It is written anew after each part, and all end in `--seconds`; what is left runs in a
-further call with `--only`. A part that fails does not stop those after it, except that nothing is
-timed if the first checks fail. The tests draw other inputs in every call, from a seed that is
-printed. Parts with the real engine are left out where there is no vLLM; neither it nor this package
-need be installed: `--vllm` names a folder that CUDA wheels of vLLM and of what it imports were
-extracted into.
+- A, 240 s: name and copy rate of the card; registers and spills; the gate, tests of the kernels at
+  the shapes that serve; decode replayed from CUDA graphs against dense attention, its kernels
+  apart; Nsight Compute's counters; a profile of sparse prefill and of compression.
+- B, 240 s: ways to launch the decode kernel, each checked before it is timed; an fp8 cache; prefill
+  from 4K to 128K tokens.
+- C, 200 s: a decoder of a 7B model's shape, decode, then prefill of 16K and 32K tokens.
+- checks, tables, engine, 570 s each: all tests of the operations, and the sanitizer; one layer at
+  all sizes and both models; the real engine's tests and serving figures.
+
+A table comes last, and is DIR/table.txt; DIR/suite.zip, written anew after each part, gets a table
+and a log per part, the programs' rows, and suite.json: what ran, how it ended, how long it took. A
+part has a budget, and what earlier parts left over. What would overrun is cut, and the table says
+so; a further call with `--only` repeats it. A part that fails does not stop those after it, except
+that nothing is timed if the gate fails. A gate that is cut before a test failed stops nothing, as
+all programs check what they time. Tests draw other inputs in every call, from a seed that is
+printed. Neither vLLM nor this package need be installed: `--vllm` names a folder that vLLM's CUDA
+wheels were extracted into, of which FlashAttention alone is enough for the baseline of A, B and C.
 """
 
 import argparse
-import configparser
 import importlib.util
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-BENCH = Path(__file__).parent
-ROOT = BENCH.parents[1]
-WRITES = "test_any_precision_has_a_codec or test_tokens_of_all_layers or test_normalised_keys"
-CHECKED = f"{WRITES} or side_by_side or test_scores_match"
-"""What the kernels that serve give; the other tests take minutes to compile theirs."""
-SANITISED = f"{WRITES} or test_gather_gives"
-"""Tests that write pages and blocks and read them back; the sanitizer is slow."""
-DRY = "test_any_precision_has_a_codec"
-GATE = "checks"
-DENSE_IDENTITY = "tests/engine/test_dense_identity.py"
-CUDA_GRAPHS = "tests/engine/test_cuda_graphs.py"
-FAMILIES = "llama or llava_next"
+from gpu_environment import environment, write_metadata
+from gpu_parts import OCCASIONS, Call, Part, Parts
+from gpu_process import Outcome, run
+
+RESERVE = 4
+"""Seconds for the table and what ends with the programs."""
+TABLE_CHARACTERS, WIDTHS = 11_000, (180, 130, 90)
+"""What a table may have, and how wide its lines are: as wide as fits."""
 
 
-class Part(NamedTuple):
-    """A command.
+class Suite:
+    """One call: parts that run one after another, and what the table says of them."""
 
-    Attributes:
-        command: Run in the root of the repository.
-        is_timing: Whether it measures what the tests check.
-        needs_vllm: Whether it starts the engine.
-        seconds: It ends after so many, except in a dry run.
-        environment: Beside what all parts have.
-    """
+    def __init__(self, arguments: argparse.Namespace, out: Path, variables: dict[str, str]) -> None:
+        self.is_dry, self.target, self.out = arguments.dry_run, arguments.out, out
+        self.variables = variables
+        self.started = time.monotonic()
+        self.seconds = arguments.seconds or OCCASIONS[arguments.occasion].seconds
+        self.title = f"occasion {arguments.occasion}, test seed {variables['ZIPVL_TEST_SEED']}"
+        self.outcomes: dict[str, Outcome | str] = {}
+        self._gate_fails = False
 
-    command: list[str]
-    is_timing: bool = False
-    needs_vllm: bool = False
-    seconds: int = 420
-    environment: dict[str, str] = {}
+    def run(self, parts: Parts) -> None:
+        budget = 0
+        for name, part in parts.items():
+            budget += part.seconds
+            end = min(budget, self.seconds - RESERVE)
+            limit = None if self.is_dry else self.started + end - time.monotonic()
+            self.outcomes[name] = self._run_part(name, part, limit)
+            print(f"{name}: {self._headline(name)}", file=sys.stderr, flush=True)
+            self._save(parts)
 
+    def _run_part(self, name: str, part: Part, limit: float | None) -> Outcome | str:
+        if part.is_timing and self._gate_fails:
+            return "not timed, since the gate fails"
+        if limit is not None and limit <= 0:
+            return f"no time left; run it with --only {name}"
+        outcome = run(name, part, self.out, self._environment(part), limit)
+        self._gate_fails |= part.is_gate and outcome.fails
+        return outcome
 
-def parts(out: Path, is_dry: bool, engine: str) -> dict[str, Part]:
-    """What runs, in this order."""
-    python = sys.executable
-    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
-    tests = [*pytest, "tests/ops"]
-    found = {} if is_dry else {"gpu": Part(["nvidia-smi"])}
-    found[GATE] = Part([*tests, "-k", DRY if is_dry else CHECKED])
+    def _environment(self, part: Part) -> dict[str, str]:
+        if not self.is_dry:
+            return self.variables | {"ZIPVL_TEST_DEVICE": "cuda"}
+        return self.variables if part.needs_vllm else self.variables | {"TRITON_INTERPRET": "1"}
 
-    def benchmark(program: str, name: str, *options: str) -> list[str]:
-        command = [python, str(BENCH / program), "--device", "cuda", *options]
-        return [*command, "--json", str(out / f"{name}.json"), *(["--dry-run"] * is_dry)]
+    def _headline(self, name: str) -> str:
+        outcome = self.outcomes[name]
+        if isinstance(outcome, str):
+            return outcome
+        return f"{outcome.verdict}, {outcome.seconds:.0f} s"
 
-    families = "llama" if is_dry else FAMILIES
-    engine_tests = [*pytest, DENSE_IDENTITY, CUDA_GRAPHS, "-k", f"{families} or graph"]
-    found["engine_tests"] = Part(engine_tests, needs_vllm=True)
-    found["attention"] = Part(benchmark("attention.py", "attention"), is_timing=True)
-    for model in ("LongVA-7B", "LLaVA-NeXT-7B"):
-        name = f"whole_model_{model}"
-        command = benchmark("whole_model.py", name, "--models", model)
-        found[name] = Part(command, is_timing=True)
-    for name in ("decode_step", "llava_next", "longva"):
-        options = ("--only", name, "--engine", engine)
-        command = benchmark("serving.py", f"engine_{name}", *options)
-        found[f"engine_{name}"] = Part(command, is_timing=True, needs_vllm=True, seconds=560)
-    if not is_dry:
-        found["tests"] = Part(tests, seconds=560)
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer and not is_dry:
-        # Tensors out of one large allocation would hide what runs over their ends.
-        command = [sanitizer, "--error-exitcode", "9", *tests, "-k", SANITISED]
-        found["sanitizer"] = Part(command, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    return found
+    @property
+    def table(self) -> str:
+        tables = ["".join(line[:width] + "\n" for line in self._lines()) for width in WIDTHS]
+        return next((table for table in tables if len(table) <= TABLE_CHARACTERS), tables[-1])
 
+    def _lines(self) -> list[str]:
+        taken = time.monotonic() - self.started
+        lines = [f"==== {self.title}: {taken:.0f} s of {self.seconds:.0f} ===="]
+        for name, outcome in self.outcomes.items():
+            lines.append(f"== {name}: {self._headline(name)}")
+            lines += [] if isinstance(outcome, str) else outcome.lines
+        return lines
 
-def write_metadata(folder: Path) -> None:
-    """What pip would write of this package: vLLM finds plugins by it, and the package its range."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    about, extras = setup["metadata"], setup["options.extras_require"]
-    lines = ["Metadata-Version: 2.1", f"Name: {about['name']}", f"Version: {about['version']}"]
-    always = setup["options"]["install_requires"].split()
-    lines += [f"Requires-Dist: {requirement}" for requirement in always]
-    for extra in extras:
-        lines.append(f"Provides-Extra: {extra}")
-        named = extras[extra].split()
-        lines += [f'Requires-Dist: {requirement}; extra == "{extra}"' for requirement in named]
-    name = f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
-    entry_points = configparser.ConfigParser(delimiters=("=",))
-    for group, text in setup["options.entry_points"].items():
-        entry_points.read_string(f"[{group}]{text}\n")
-    info = folder / name
-    info.mkdir()
-    (info / "METADATA").write_text("\n".join(lines) + "\n")
-    with (info / "entry_points.txt").open("w") as file:
-        entry_points.write(file)
+    def _save(self, parts: Parts) -> None:
+        found = {
+            name: {"command": parts[name].command, "outcome": outcome}
+            if isinstance(outcome, str)
+            else {"command": parts[name].command, **outcome._asdict()}
+            for name, outcome in self.outcomes.items()
+        }
+        about = {"title": self.title, "parts": found}
+        (self.out / "suite.json").write_text(json.dumps(about, indent=1) + "\n")
+        (self.target / "table.txt").write_text(self.table)
+        shutil.make_archive(str(self.target / "suite"), "zip", self.out)
 
-
-def environment(metadata: Path, vllm: Path | None) -> dict[str, str]:
-    paths = [str(metadata), str(ROOT), *([str(vllm.resolve())] if vllm else [])]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return os.environ | offline | {"PYTHONPATH": os.pathsep.join(paths)}
-
-
-def run(
-    name: str, part: Part, out: Path, environment: dict[str, str], is_dry: bool, seconds: float
-) -> dict[str, object]:
-    """One part; its output goes to a log, the end of which is printed."""
-    print(f"== {name}: {' '.join(part.command)}", flush=True)
-    if not is_dry:
-        environment = environment | {"ZIPVL_TEST_DEVICE": "cuda"}
-    elif not part.needs_vllm:
-        environment = environment | {"TRITON_INTERPRET": "1"}
-    # Stock attends to float32 by Triton's default precision, which must be that of the plugin.
-    environment = environment | {"TRITON_F32_DEFAULT": "ieee"} | part.environment
-    log, started = out / f"{name}.log", time.monotonic()
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
-            process_group=0,
-        ) as process,
-    ):  # fmt: skip
-        try:
-            status = process.wait(None if is_dry else min(seconds, part.seconds))
-        except subprocess.TimeoutExpired:
-            # With its workers, which would hold the GPU's memory.
-            os.killpg(process.pid, signal.SIGKILL)
-            status = None
-    seconds = round(time.monotonic() - started, 1)
-    print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
-    return {"command": part.command, "status": status, "seconds": seconds}
+    @property
+    def is_whole(self) -> bool:
+        """Whether every part ran to its end."""
+        return all(not isinstance(o, str) and o.status == 0 for o in self.outcomes.values())
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("occasion", choices=OCCASIONS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vllm", type=Path, metavar="DIR", help="extracted CUDA vLLM")
-    parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the occasion")
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, JSON")
-    parser.add_argument("--seconds", type=float, default=570, help="of all parts together")
+    parser.add_argument("--seconds", type=float, help="instead of the occasion's")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.vllm and not (arguments.vllm / "vllm").is_dir():
@@ -169,9 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def chosen(arguments: argparse.Namespace, out: Path) -> dict[str, Part]:
+def chosen(arguments: argparse.Namespace, call: Call) -> Parts:
     """The parts that are asked for, or all that can run."""
-    found = parts(out, arguments.dry_run, arguments.engine)
+    found = OCCASIONS[arguments.occasion].parts(call)
     if arguments.only is None:
         has_vllm = arguments.vllm is not None or importlib.util.find_spec("vllm") is not None
         return {name: part for name, part in found.items() if has_vllm or not part.needs_vllm}
@@ -183,29 +146,15 @@ def chosen(arguments: argparse.Namespace, out: Path) -> dict[str, Part]:
 def main() -> None:
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + arguments.seconds
-    found: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as metadata, tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
         write_metadata(Path(metadata))
         variables = environment(Path(metadata), arguments.vllm)
-        seed = variables.setdefault("ZIPVL_TEST_SEED", str(random.randrange(1000)))
-        print(f"== ZIPVL_TEST_SEED={seed}")
-        for name, part in chosen(arguments, out).items():
-            if part.is_timing and found.get(GATE, {}).get("status", 0) != 0:
-                print(f"== {name}: not timed, since the checks failed")
-                continue
-            left = end - time.monotonic()
-            if left <= 0 and not arguments.dry_run:
-                print(f"== {name}: no time left; run it with --only {name}")
-                continue
-            found[name] = run(name, part, out, variables, arguments.dry_run, left)
-            results = {"seed": seed, "parts": found}
-            (out / "suite.json").write_text(json.dumps(results, indent=1) + "\n")
-            shutil.make_archive(str(arguments.out / "suite"), "zip", out)
-    print({name: part["status"] for name, part in found.items()})
-    failed = [name for name, part in found.items() if part["status"] != 0]
-    sys.exit(1 if failed else 0)
+        variables.setdefault("ZIPVL_TEST_SEED", str(random.randrange(1000)))
+        suite = Suite(arguments, Path(folder), variables)
+        parts = chosen(arguments, Call(Path(folder), arguments.dry_run, arguments.engine))
+        suite.run(parts)
+    print(suite.table, end="")
+    sys.exit(0 if suite.is_whole else 1)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,19 @@ Before anything is timed, a tiny model with everything kept must give dense atte
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lone_flash
 import torch
-import triton
 from attention_cases import DTYPE, Layer
-from dense_attention import DenseAttention, vllm_version
+from dense_attention import DenseAttention
+from gpu_program import device_of, versions
 from whole_model_check import PRETENDED_FLASH, check
 from whole_model_decoder import Decoder, ModelShape
+from whole_model_dense import request_bytes, why_no_fp8
 from whole_model_measure import Bench, Sizes, decode_rows, prefill_rows
 from whole_model_timing import Clock
 
@@ -84,26 +85,23 @@ def line(found: dict[str, Any]) -> str:
     return text
 
 
-def device_of(is_dry: bool) -> torch.device:
-    """Where the kernels run.
-
-    Raises:
-        SystemExit: There is no GPU, or a dry run without the interpreter.
-    """
-    if is_dry:
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise SystemExit("a dry run interprets the kernels: set TRITON_INTERPRET=1")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU; --dry-run goes through the code without one")
-    return torch.device("cuda")
-
-
 def dense_of(layer: Layer, pretends: bool) -> DenseAttention:
     dense = DenseAttention(layer)
     if pretends:
         dense.flash, dense.name = PRETENDED_FLASH, "pretended FA3"
     return dense
+
+
+def thin_bench(is_dry: bool, num_tokens: int, num_requests: int) -> Bench:
+    """Two thin layers of LongVA's heads: they launch the kernels that the whole model does."""
+    whole = (DRY_MODELS if is_dry else MODELS)["LongVA-7B"]
+    thin = DRY_MODELS["LongVA-7B"]
+    shape, device = thin._replace(layer=whole.layer), torch.get_default_device()
+    budget = num_requests * request_bytes(shape, num_tokens, DTYPE)
+    sizes = Sizes((num_tokens,), num_tokens, budget, repeats=0)
+    dense, decoder = dense_of(whole.layer, pretends=False), Decoder(shape, 2 * num_tokens)
+    config = DRY_CONFIG if is_dry else CONFIG
+    return Bench("thin", shape, decoder, dense, config, sizes, Clock(device), why_no_fp8(dense))
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -117,28 +115,24 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         shape = (DRY_MODELS if is_dry else MODELS)[name]
         # A dry run goes both ways.
         dense = dense_of(shape.layer, pretends=is_dry and name == "LongVA-7B")
-        why_no_fp8 = check(dense, device)
+        no_fp8 = check(dense, device)
         with device:
             decoder = Decoder(shape, max(*sizes.prefill_tokens, 2 * sizes.decode_tokens))
-        bench = Bench(name, shape, decoder, dense, config, sizes, Clock(device), why_no_fp8)
-        if "prefill" in arguments.ops:
+        bench = Bench(name, shape, decoder, dense, config, sizes, Clock(device), no_fp8)
+        for op in arguments.ops:
+            if op == "decode":
+                yield from decode_rows(bench)
+                continue
             for num_tokens in sizes.prefill_tokens:
                 yield from prefill_rows(bench, num_tokens)
-        if "decode" in arguments.ops:
-            yield from decode_rows(bench)
         del decoder, bench
 
 
 def about(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"device": device.type}
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     head_size = MODELS["LongVA-7B"].layer.head_size
     kernel = find_kernel("auto", device.type, DTYPE, head_size)
-    return found | {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": vllm_version(),
+    return versions() | {
+        "device": device.type,
         "dtype": str(DTYPE),
         "dense attention": DenseAttention(MODELS["LongVA-7B"].layer).name,
         "sparse prefill attention": kernel,
@@ -154,7 +148,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda",), default="cuda")
     parser.add_argument("--json", type=Path, required=True, help="where the rows are written")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="in turn")
     parser.add_argument("--prefill-tokens", nargs="+", type=int, default=list(PREFILL_TOKENS))
     parser.add_argument("--kv-gib", type=float, default=40, help="KV memory that decode fills")
     parser.add_argument("--repeats", type=int, default=3)
@@ -166,6 +160,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     device = device_of(arguments.dry_run)
+    if not arguments.dry_run:
+        lone_flash.find()
     torch.manual_seed(0)
     known = about(arguments, device)
     print(", ".join(f"{key} {value}" for key, value in known.items()), end="\n\n")

@@ -182,6 +182,22 @@ def test_tail_scores(compiled, dtype, tmp_path) -> None:
     check(compiled, 1, tmp_path)
 
 
+def test_what_the_gpu_suite_notes_of_kernels(compiled) -> None:
+    """Registers are known where a kernel is loaded."""
+    from gpu_compile import noted
+
+    from vllm_zipvl.ops.dense_blocks.triton import gather_kv, store_kv
+
+    kv_cache, key = torch.zeros(8, 4, 16, 256).bfloat16(), torch.zeros(64, 4, 128).bfloat16()
+    with noted() as found:
+        for _ in range(2):
+            store_kv(key, key, kv_cache, torch.arange(64))
+        gather_kv(kv_cache, torch.arange(8).int()[None], one(80))
+    assert [kernel.name for kernel in found.values()] == ["_store", "_gather"]
+    assert {(kernel.num_warps, kernel.registers) for kernel in found.values()} == {(4, None)}
+    assert len(compiled) == 3
+
+
 def test_sizes_of_steps_share_one_kernel(compiled) -> None:
     """So that nothing is compiled while requests wait but what start-up has compiled."""
     from vllm_zipvl.ops.decode_attention.triton import decode_attention
