@@ -16,21 +16,34 @@ def make_rules(high_bits: int, low_bits: int, **settings: float) -> CacheRules:
 
 @pytest.mark.parametrize("bits", [(16, 0), (8, 0), (4, 0), (4, 2), (16, 2)])
 @pytest.mark.parametrize("max_kept", [0.01, 0.3, 1.0])
-@pytest.mark.parametrize(("interval", "max_len"), [(128, 160), (512, 544), (128, 1184)])
+@pytest.mark.parametrize(("interval", "max_len"), [(128, 176), (512, 560), (128, 1200)])
 def test_the_bound_covers_a_tail_that_is_kept_whole(
     bits: tuple[int, int], max_kept: float, interval: int, max_len: int
 ) -> None:
     rules = make_rules(*bits, max_kept=max_kept, interval=interval)
     geometry = rules.geometry
     bound = cdiv(max_len, BLOCK_SIZE) + rules.max_heap_blocks(max_len)
-    compressed, num_pages = 0, 0
+    compressed = head = rules.head_len
+    assert head == BLOCK_SIZE
+    num_pages = 0
     for num_tokens in range(1, max_len + 1):
         end = rules.interval_end(compressed, num_tokens)
         if end is None:
             continue
         new_pages = geometry.max_new_pages(end - compressed, max_high=end - compressed)
-        dense = cdiv(num_tokens, BLOCK_SIZE) - compressed // BLOCK_SIZE
+        dense = cdiv(num_tokens, BLOCK_SIZE) - (compressed - head) // BLOCK_SIZE
         assert dense + geometry.num_blocks(num_pages + new_pages) <= bound
-        num_pages = geometry.num_layers * geometry.num_pages(end, geometry.high_bits)
+        num_pages = geometry.num_layers * geometry.num_pages(end - head, geometry.high_bits)
         compressed = end
-    assert compressed > 0
+    assert compressed > head
+
+
+@pytest.mark.parametrize(("sinks", "head"), [(0, 0), (1, 16), (4, 16), (16, 16), (17, 32)])
+def test_the_head_is_whole_blocks_and_never_compressed(sinks: int, head: int) -> None:
+    rules = make_rules(4, 2, sinks=sinks)
+    assert rules.head_len == head
+    residual = rules.config.residual
+    assert rules.compressible_end(head + residual + BLOCK_SIZE - 1) == 0
+    assert rules.compressible_end(head + residual + BLOCK_SIZE) == head + BLOCK_SIZE
+    assert rules.num_compressible(head + residual + BLOCK_SIZE) == BLOCK_SIZE
+    assert rules.num_reserved_pages(head + residual + BLOCK_SIZE - 1) == 0

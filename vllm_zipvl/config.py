@@ -108,6 +108,17 @@ class ZipVLConfig:
             )
         return cls(**entry)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the count rule keeps every token."""
+        return self.ratio is None and self.tau == 1
+
+    @property
+    def chooses_for_cache(self) -> bool:
+        """Whether tokens of the cache differ in precision."""
+        all_high = self.keeps_all and self.max_kept == 1
+        return self.compress and self.high_bits != self.low_bits and not all_high
+
     @staticmethod
     def _fail(name: str, value: Any, choices: str) -> None:
         raise ValueError(f"zipvl.{name} = {value!r} must be {choices}")

@@ -48,8 +48,10 @@ class CacheRules:
 
     def num_reserved_pages(self, num_prompt_tokens: int) -> int:
         """Upper bound of the pages that compressing a prompt takes, over all layers."""
-        max_kept = math.floor(self.config.max_kept * num_prompt_tokens)
-        max_high = max_kept + self.config.probe_recent
+        max_high = num_prompt_tokens
+        if self.config.chooses_for_cache:
+            max_kept = math.floor(self.config.max_kept * num_prompt_tokens)
+            max_high = max_kept + self.config.probe_recent
         return self.geometry.max_new_pages(self.num_compressible(num_prompt_tokens), max_high)
 
     def max_heap_blocks(self, num_tokens: int) -> int:

@@ -85,7 +85,7 @@ def take_masks(selector: PromptSelector, prompts: dict[int, Prompt]) -> dict[int
         return lambda layer: torch.cat([prompts[slot].keys[layer] for slot in slots])
 
     selector.choose_waiting(list(prompts), keys, SCALE)
-    return {slot: selector.take_masks(slot, NUM_LAYERS, CPU) for slot in prompts}
+    return {slot: selector.take_masks(slot) for slot in prompts}
 
 
 @pytest.mark.parametrize("chunk_size", [1000, 600, 256])

@@ -341,6 +341,8 @@ class Request:
             if exceeded:
                 num = math.floor(num * factor)
                 kept = top(choice.scores, num) | choice.always
+            if self.config.high_bits == self.config.low_bits:
+                num, kept = n, torch.ones(n, dtype=torch.bool)
             start = self.head_len
             mine = replace(choice, num=num, kept=kept[start:end], first=start)
             self._compress(i, start, end, self._settle(Event("prompt", end, i), mine))
@@ -365,6 +367,8 @@ class Request:
             if due:
                 mass = weights.sum((0, 1))[first:last]
                 num = count(mass, config)
+                if config.high_bits == config.low_bits:
+                    num = len(mass)
                 never = torch.zeros(last - first, dtype=torch.bool)
                 choice = Choice(mass, 0.0, mass, num, never, top(mass, num))
                 # Applied after the step; nothing of it is read before the next one.

@@ -311,6 +311,8 @@ class Bounds:
     def undecided(self, event: Event) -> torch.Tensor:
         """Tokens that rounding may keep or drop, bool."""
         truth, eager = self.truth[event], self.eager[event]
+        if event.kind != "chunk" and self.config.high_bits == self.config.low_bits:
+            return torch.zeros(len(truth.kept), dtype=torch.bool)
         fewest, most = self.counts(event)
         ranked = truth.scores.sort(descending=True).values
         relevant = truth.scores >= ranked[min(most, len(ranked) - 1)] / 2

@@ -115,7 +115,7 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         rules = rules_of_layers(vllm_config, *shape, dtype)
         if vllm_config.model_config.original_max_model_len != AUTO_LENGTH:
             self.tables = make_tables(rules, vllm_config, device)
-        if config.compress:
+        if config.chooses_for_cache:
             num_slots = vllm_config.scheduler_config.max_num_seqs + 1
             num_layers = rules.geometry.num_layers
             queries = (num_layers, num_slots, self.num_heads, self.head_size)

@@ -203,21 +203,17 @@ class PromptSelector:
 
     def _kind(self, chunk: ChunkPlan) -> Kind:
         config = self.config
-        is_asked = config.sparse_prefill and not chunk.attends_densely
+        is_asked = config.sparse_prefill and not (chunk.attends_densely or config.keeps_all)
         if is_asked and chunk.end >= config.min_tokens:
             return Kind.SPARSE
         if chunk.ends_prompt:
-            return Kind.WAITING if self._is_compressed_after(chunk) else Kind.DENSE
-        return Kind.PROBING if is_asked or config.compress else Kind.DENSE
+            return Kind.WAITING if self._is_chosen_from_after(chunk) else Kind.DENSE
+        return Kind.PROBING if is_asked or config.chooses_for_cache else Kind.DENSE
 
-    @property
-    def _needs_no_scores(self) -> bool:
-        config = self.config
-        is_capped = config.compress and config.max_kept < 1
-        return config.ratio is None and config.tau == 1 and not is_capped
-
-    def _is_compressed_after(self, chunk: ChunkPlan) -> bool:
-        return chunk.ends_prompt and self.rules.compressible_end(chunk.end) > 0
+    def _is_chosen_from_after(self, chunk: ChunkPlan) -> bool:
+        """Whether the chunk ends a prompt of which the cache keeps some tokens better."""
+        is_compressed = chunk.ends_prompt and self.rules.compressible_end(chunk.end) > 0
+        return is_compressed and self.config.chooses_for_cache
 
     def _prompt_of(self, chunk: ChunkPlan) -> PromptState:
         """The prompt that a chunk belongs to; it is its newest one from now on."""
@@ -234,14 +230,14 @@ class PromptSelector:
             prompts = [self._prompt_of(c) if leaves_something else PromptState(c) for c in own]
             for run in runs_of(prompts, _context_len, self._max_tokens):
                 batches.append(PromptBatch(kind, run, self.rules, device))
-                if kind is Kind.SPARSE and not self._needs_no_scores:
+                if kind is Kind.SPARSE:
                     self._keep_mass(batches[-1])
         return batches
 
     def _keep_mass(self, batch: PromptBatch) -> None:
-        """Leave what the batch will probe to the prompts that are compressed after it."""
+        """Leave what the batch will probe to the prompts that the cache chooses from after it."""
         for place, prompt in enumerate(batch.prompts):
-            if self._is_compressed_after(prompt.chunk):
+            if self._is_chosen_from_after(prompt.chunk):
                 prompt.probed = batch.probed, place
 
     def select(
@@ -262,7 +258,7 @@ class PromptSelector:
         Returns:
             Bool mask [num_tokens]; None if they attend to all.
         """
-        if batch.kind is Kind.DENSE or self._needs_no_scores:
+        if batch.kind is Kind.DENSE:
             return None
         probes = query[batch.probe_places]
         if batch.kind is Kind.WAITING:
@@ -285,7 +281,7 @@ class PromptSelector:
             chunk: Its plan.
             queries: The token's, of all layers, [num_layers, num_heads, head_size].
         """
-        if self._is_compressed_after(chunk):
+        if self._is_chosen_from_after(chunk):
             self._prompt_of(chunk).waiting = dict(enumerate(queries[:, None]))
 
     def _accumulate_mass(
@@ -319,7 +315,7 @@ class PromptSelector:
         if not chunk.ends_prompt:
             random = _probes_of(chunk, self.rules).random
             prompt.random_positions = np.concatenate([prompt.random_positions, random])
-        elif not self._is_compressed_after(chunk):
+        elif not self._is_chosen_from_after(chunk):
             del self._prompts[chunk.slot]
 
     def choose_waiting(
@@ -336,8 +332,6 @@ class PromptSelector:
                 [num_tokens, num_kv_heads, head_size].
             scale: Softmax scale.
         """
-        if self._needs_no_scores:
-            return
         waiting = [self._prompts[slot] for slot in slots if self._prompts[slot].waiting]
         for run in runs_of(waiting, _context_len, self._max_tokens):
             device = run[0].waiting[0].device
@@ -349,17 +343,9 @@ class PromptSelector:
                 mass = self._accumulate_mass(batch, layer, probes, keys_of(layer), scale)
                 batch.probed.layers[layer] = mass.sum(0)
 
-    def take_masks(self, slot: int, num_layers: int, device: torch.device) -> torch.Tensor:
-        """What the layers keep of a complete prompt, bool [num_layers, num_tokens].
-
-        Args:
-            slot: The prompt's slot.
-            num_layers: How many layers there are.
-            device: Of the mask.
-        """
+    def take_masks(self, slot: int) -> torch.Tensor:
+        """What the layers keep of the complete prompt of a slot, bool [num_layers, num_tokens]."""
         prompt = self._prompts.pop(slot)
-        if self._needs_no_scores:
-            return torch.ones(num_layers, prompt.chunk.end, dtype=torch.bool, device=device)
         assert prompt.probed is not None
         probed, place = prompt.probed
         return probed.masks[place]

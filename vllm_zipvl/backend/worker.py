@@ -75,7 +75,7 @@ class ZipVLWorker:
         Args:
             kv_caches: Blocks by layer.
             tables: With one slot more than there are, which stays empty.
-            tail_probes: Of the same layers; None where nothing is compressed.
+            tail_probes: Of the same layers; None where the cache does not choose.
             scale: Softmax scale of all layers.
 
         Raises:
@@ -259,6 +259,8 @@ class ZipVLWorker:
 
     def _kept_of_prompts(self, plans: Sequence[CompressionPlan], moves: Moves) -> torch.Tensor:
         """What their selections keep of the plans' tokens, bool [num_layers, num_tokens]."""
+        if not self.config.chooses_for_cache:
+            return self._all_of(moves)
         blocks = {plan.slot: plan.head_block_ids + plan.dense_block_ids for plan in plans}
 
         def keys(slots: list[int], contexts: Sequences) -> Callable[[int], torch.Tensor]:
@@ -271,17 +273,23 @@ class ZipVLWorker:
             return of_layer
 
         self.prompts.choose_waiting(list(blocks), keys, self._scale)
-        num_layers, device = self.geometry.num_layers, self.slot_of_block.device
-        masks = [self.prompts.take_masks(plan.slot, num_layers, device) for plan in plans]
+        masks = [self.prompts.take_masks(plan.slot) for plan in plans]
         assert [mask.shape[1] for mask in masks] == [plan.context_len for plan in plans]
         parts = zip(masks, plans, strict=True)
         return torch.cat([mask[:, plan.start : plan.end] for mask, plan in parts], dim=1)
 
     def _kept_of_tails(self, plans: Sequence[CompressionPlan], moves: Moves) -> torch.Tensor:
         """The count rule within each tail, on this step's attention over its whole context."""
+        if not self.config.chooses_for_cache:
+            return self._all_of(moves)
         assert self._tail_probes is not None
         slots, tails = moves.slots, moves.contexts
         queries, lse = self._tail_probes.queries[:, slots], self._tail_probes.lse[:, slots]
         mass = tail_scores(queries, lse, self._kv_caches, moves.block_table, tails, self._scale)
         mass = self._sum_over_ranks(mass)
         return top_mask(mass, num_to_keep(mass, self.config, tails), tails)
+
+    def _all_of(self, moves: Moves) -> torch.Tensor:
+        """All of the moves' tokens, bool [num_layers, num_tokens]."""
+        shape = (self.geometry.num_layers, moves.contexts.num_tokens)
+        return torch.ones(shape, dtype=torch.bool, device=self.slot_of_block.device)

@@ -235,9 +235,10 @@ class ZipVLLayer(DynamicLayer):
             mass = torch.zeros(num_tokens, device=key.device)
             mass[there] = weights.sum((0, 1))
             tail = mass[start:end]
-            self._compress(
-                request, start, end, top_mask(tail, num_to_keep(tail, config)), key, value
-            )
+            kept = top_mask(tail, num_to_keep(tail, config))
+            if not config.chooses_for_cache:
+                kept = torch.ones_like(kept)
+            self._compress(request, start, end, kept, key, value)
         return out
 
     def _compress(
@@ -315,7 +316,8 @@ class ZipVLCache(Cache):
             chosen = Selection(*map(torch.stack, parts))
             num_recent, prompt_len = requests[0].num_recent, requests[0].prompt_len
             is_recent = recent_mask(num_recent, prompt_len, chosen.kept.device)
-            self._masks[row] = cap_selection(chosen, is_recent, self.config.max_kept)
+            kept = cap_selection(chosen, is_recent, self.config.max_kept)
+            self._masks[row] = kept if self.config.chooses_for_cache else torch.ones_like(kept)
         return self._masks[row]
 
 
