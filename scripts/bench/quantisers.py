@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_zipvl.core.geometry import PARAM_BYTES
 from vllm_zipvl.core.codes import clip, dequantise, quantise
+from vllm_zipvl.core.geometry import PARAM_BYTES
 from vllm_zipvl.core.quantization import rotate
 
 CHANNEL_BYTES = 4

@@ -10,7 +10,6 @@ from vllm_zipvl.core.codes import (
     scale_to_byte,
 )
 
-
 ROUNDING = 1 / 16
 """Of a scale of 4 significant bits."""
 
