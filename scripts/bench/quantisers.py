@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_zipvl.core.codes import clip, dequantise, quantise
 from vllm_zipvl.core.geometry import PARAM_BYTES
-from vllm_zipvl.core.quantization import clip, dequantise, quantise, rotate
+from vllm_zipvl.core.quantization import rotate
 
 CHANNEL_BYTES = 4
 """Of a channel's figure that a request keeps outside the pages: float32."""

@@ -131,7 +131,7 @@ class Layer:
         self.random_mass = torch.zeros(2, 0, dtype=model.dtype)
         self.cache_choice: Choice
         self.random_positions: list[int] = []
-        self.key_norm: tuple[torch.Tensor, ...]
+        self.key_norm: KeyNorm
 
     def store(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys[:, positions] = keys.transpose(0, 1)
@@ -173,19 +173,72 @@ def weighted(weights: torch.Tensor, values: torch.Tensor, num_queries: int) -> t
     return out.unflatten(1, (-1, num_queries)).flatten(0, 1).transpose(0, 1)
 
 
-def through_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
+def byte_scale(scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """What a byte of 5 exponent and 3 mantissa bits makes of a scale; up at 8 bits."""
+    scale = scale.half().to(scale.dtype)
+    unit = 2.0 ** (torch.frexp(scale).exponent - 4).clamp(min=-17).to(scale.dtype)
+    return ((scale / unit).ceil() if bits == 8 else (scale / unit + 0.5).floor()) * unit
+
+
+def through_cache(x: torch.Tensor, bits: int, num_zeros: int) -> torch.Tensor:
     """What a cache of `bits` bits gives back for vectors [..., head_size]."""
     rotation = hadamard(x.shape[-1]).to(x.dtype)
-    x = x @ rotation
+    x = (x @ rotation).unflatten(-1, (num_zeros, -1))
     if bits == 2:
-        std, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
-        x = torch.maximum(torch.minimum(x, mean + HALF_RANGE * std), mean - HALF_RANGE * std)
+        mean = x.mean(-1, keepdim=True)
+        reach = HALF_RANGE * (x - mean).square().mean((-2, -1), keepdim=True).sqrt()
+        x = torch.maximum(torch.minimum(x, mean + reach), mean - reach)
     levels = 2**bits - 1
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    zero = low.half().to(x.dtype)
-    scale = ((high - zero) / levels).half().to(x.dtype)
+    zero = x.amin(-1, keepdim=True).half().to(x.dtype)
+    scale = byte_scale((x - zero).amax((-2, -1), keepdim=True) / levels, bits)
     codes = ((x - zero) / scale).round().clamp(0, levels)
-    return (codes * scale + zero) @ rotation
+    return (codes * scale + zero).flatten(-2) @ rotation
+
+
+class KeyNorm(NamedTuple):
+    """Mean, scale and channel of each place, [num_kv_heads, 1, head_size]."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+    order: torch.Tensor
+
+
+def key_norm(keys: torch.Tensor, shake: Callable[[torch.Tensor], torch.Tensor]) -> KeyNorm:
+    """What keys [num_kv_heads, num_tokens, head_size] are normalised by; size a power of two.
+
+    Figures are rounded to float16 after `shake`, which stands for other arithmetic.
+    """
+    head_size = keys.shape[-1]
+    heads = []
+    for own in keys:
+        deviation, mean = torch.std_mean(own, dim=0, correction=0)
+        power = own.square().mean(0)
+        order = key_order(power.tolist())
+        largest_pair = [order[0], order[head_size // 2]]
+        deviation[largest_pair], power[largest_pair] = 0, 0
+        channels = range(head_size)
+        partners = [(i, (i + head_size // 2) % head_size, i ^ 1) for i in channels]
+        turning = torch.stack([power[list(those)].max() for those in partners])
+        scale = (deviation.square() + 0.01 * turning) ** 0.25
+        typical = scale.mean()
+        scale = scale.clamp(min=typical / 8)[order]
+        scale[[0, head_size // 2]] = typical / 2
+        heads.append((mean[order], scale, torch.tensor(order)))
+    mean, scale, order = (torch.stack(parts)[:, None] for parts in zip(*heads, strict=True))
+    return KeyNorm(*(shake(x).half().to(keys.dtype) for x in (mean, scale)), order)
+
+
+def key_order(power: list[float]) -> list[int]:
+    """The largest channel first and its partner in the middle, by exchange of bits and signs."""
+    num_bits = len(power).bit_length() - 1
+    largest = max(range(len(power)), key=lambda i: power[i])
+    bit = max(range(num_bits), key=lambda b: power[largest ^ 1 << b])
+    order = []
+    for place in range(len(power)):
+        digits = [place >> b & 1 for b in range(num_bits)]
+        digits[bit], digits[-1] = digits[-1], digits[bit]
+        order.append(sum(digit << b for b, digit in enumerate(digits)) ^ largest)
+    return order
 
 
 def count(mass: torch.Tensor, config: ZipVLConfig, covered: float = 0.0) -> int:
@@ -391,18 +444,19 @@ class Request:
         layer = self.layers[index]
         if start == self.head_len:
             # Of the request's first compression, kept or not; later ones use it too.
-            norm = torch.std_mean(layer.keys[:, start:end], dim=1, correction=0, keepdim=True)
-            layer.key_norm = tuple(self._shake(x).half().to(x.dtype) for x in norm)
-        std, mean = layer.key_norm
+            layer.key_norm = key_norm(layer.keys[:, start:end], self._shake)
+        mean, scale, order = layer.key_norm
         for mask, bits in ((kept, self.config.high_bits), (~kept, self.config.low_bits)):
             positions = start + mask.nonzero().flatten()
             if bits == 0:
                 layer.present[positions] = False
             elif bits < 16 and len(positions):
-                keys = self._shake((layer.keys[:, positions] - mean) / std)
+                keys, into = layer.keys[:, positions], order.expand(-1, len(positions), -1)
+                keys = self._shake((keys.gather(-1, into) - mean) / scale)
                 values = self._shake(layer.values[:, positions])
-                layer.keys[:, positions] = through_cache(keys, bits) * std + mean
-                layer.values[:, positions] = through_cache(values, bits)
+                keys = through_cache(keys, bits, num_zeros=2) * scale + mean
+                layer.keys[:, positions] = torch.empty_like(keys).scatter(-1, into, keys)
+                layer.values[:, positions] = through_cache(values, bits, num_zeros=1)
 
 
 def use_one_thread() -> None:

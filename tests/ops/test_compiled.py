@@ -15,7 +15,7 @@ from kernels import IN_TRITON
 from test_decode_attention import ROWS, make_case
 
 from vllm_zipvl.core.geometry import PageGeometry
-from vllm_zipvl.core.quantization import KeyNorm
+from vllm_zipvl.core.quantization import plain_norm
 from vllm_zipvl.core.sequences import Chunks, Sequences
 from vllm_zipvl.core.transfer import table_to_device
 from vllm_zipvl.ops.page_codec import PageTables
@@ -152,7 +152,7 @@ def test_page_codec(compiled, bits, tmp_path) -> None:
 
     geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
     heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
-    norm = KeyNorm(torch.zeros(4, 128).half(), torch.ones(4, 128).half())
+    norm = plain_norm(4, 128)
     kv = torch.zeros(64, 4, 256).bfloat16()
     write_pages(kv, heap, torch.arange(64).int(), 0, bits, geometry, norm)
     check(compiled, 1, tmp_path)
@@ -165,7 +165,7 @@ def test_page_codec_of_all_layers(compiled, tmp_path) -> None:
     heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
     caches = list(torch.zeros(2, 8, 4, 16, 256).bfloat16())
     pages, before = torch.zeros(2, 3, 32).int(), torch.zeros(2, 1, 2).int()
-    norms = torch.zeros(2, 3, 2, 4, 128).half()
+    norms = torch.zeros(2, 3, 3, 4, 128).half()
     tables = PageTables(heap, pages, torch.tensor([1]), before, norms, geometry)
     kept = torch.zeros(2, 64, dtype=torch.bool)
     write_tokens(caches, torch.arange(4)[None], one(64), kept, tables, [True])
@@ -211,7 +211,7 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
     geometry = PageGeometry(2, 4, 128, 2, 16, 4, 2)
     heap = torch.zeros(64, geometry.page_bytes, dtype=torch.uint8)
     caches = list(torch.zeros(2, 40, 4, 16, 256).bfloat16())
-    pages, norms = torch.zeros(2, 9, 32).int(), torch.zeros(2, 9, 2, 4, 128).half()
+    pages, norms = torch.zeros(2, 9, 32).int(), torch.zeros(2, 9, 3, 4, 128).half()
     for lengths in ([1], [16], [17, 5, 300], [64] * 8):
         sequences = Sequences(lengths, CPU)
         num_rows, num_tokens = len(lengths), sequences.num_tokens

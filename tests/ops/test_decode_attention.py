@@ -12,7 +12,7 @@ import torch
 from kernels import IN_TRITON, INTERPRETED, implementations, kernels, numba_only, seed
 
 from vllm_zipvl.core.geometry import PageGeometry
-from vllm_zipvl.core.quantization import KeyNorm, hadamard, rotate
+from vllm_zipvl.core.quantization import KeyNorm, hadamard, plain_norm, rotate
 from vllm_zipvl.ops.decode_attention import (
     CachedContext,
     DecodeRows,
@@ -92,7 +92,9 @@ class Memory:
         if bits != 16:
             turn = hadamard(self.geometry.head_size, held.device).double()
             key, value = (part @ turn for part in held.chunk(2, dim=-1))
-            held = torch.cat([key * norm[1].double() + norm[0].double(), value], dim=-1)
+            key = key * norm[1].double() + norm[0].double()
+            key = torch.zeros_like(key).scatter(-1, norm[2].long().expand_as(key), key)
+            held = torch.cat([key, value], dim=-1)
         return ids, held
 
     def put_dense(self, kv: torch.Tensor) -> torch.Tensor:
@@ -126,10 +128,11 @@ def make_case(
     width = max(600, geometry.max_pages_per_layer(longest))
     page_table = torch.full((num_rows, width), memory.unused * geometry.pages_per_block).int()
     block_table = torch.full((num_rows, max(250, longest // BLOCK_SIZE + 2)), memory.unused).int()
-    norms = torch.stack([torch.zeros(num_rows, *heads), torch.ones(num_rows, *heads)], dim=1)
+    norms = torch.stack(plain_norm(*heads)).repeat(num_rows, 1, 1, 1)
     if normalised:
-        norms = torch.stack([torch.randn(num_rows, *heads), torch.rand(num_rows, *heads) + 0.5], 1)
-    norms = norms.half()
+        order = torch.rand(num_rows, *heads).argsort(-1)
+        norms = torch.stack([torch.randn(order.shape), torch.rand(order.shape) + 0.5, order], dim=1)
+        norms = norms.half()
     slots, starts, truth = torch.randperm(num_rows), [], []
     for row, counts in enumerate(shape):
         slot = int(slots[row])
@@ -175,13 +178,19 @@ def eager_on_codes(
     """
     num_kv_heads, head_size = kv.shape[1], kv.shape[2] // 2
     plain_q = query.float().view(num_kv_heads, -1, head_size) * scale
-    mean, std = norm[:, :, None]
-    q = rotate(plain_q * std).to(dtype).float()
+    mean, std, order = norm[:, :, None]
+    plain_q = plain_q.gather(-1, order.long().expand_as(plain_q))
+    whole_q = rotate(plain_q * std)
+    q = whole_q.to(dtype).float()
     key, value = kv.float().permute(1, 0, 2).chunk(2, dim=-1)
-    key, value = rotate((key - mean) / std), rotate(value)
-    key_zero, value_zero = key.amin(-1, keepdim=True), value.amin(-1, keepdim=True)
-    scores = q @ (key - key_zero).transpose(1, 2)
-    scores = scores + q.sum(-1, keepdim=True) * key_zero.transpose(1, 2)
+    key = rotate((key.gather(-1, order.long().expand_as(key)) - mean) / std)
+    value = rotate(value)
+    key_zero = key.unflatten(-1, (2, -1)).amin(-1, keepdim=True).expand(*key.shape[:2], 2, -1)
+    value_zero = value.amin(-1, keepdim=True)
+    codes = (key.unflatten(-1, (2, -1)) - key_zero).flatten(-2)
+    scores = q @ codes.transpose(1, 2)
+    halves = whole_q.unflatten(-1, (2, -1)).sum(-1)
+    scores = scores + halves @ key_zero[..., 0].transpose(1, 2)
     scores = scores + (plain_q * mean).sum(-1, keepdim=True)
     weights = scores.softmax(-1).to(dtype).float()
     out = rotate(weights @ (value - value_zero) + weights @ value_zero)

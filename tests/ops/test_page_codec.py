@@ -6,16 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import DEVICE, IN_TRITON, kernels, name_of, seed
 
+from vllm_zipvl.core.codes import clip, dequantise, pack, quantise, unpack
 from vllm_zipvl.core.geometry import PageGeometry
-from vllm_zipvl.core.quantization import (
-    KeyNorm,
-    clip,
-    dequantise,
-    pack,
-    quantise,
-    rotate,
-    unpack,
-)
+from vllm_zipvl.core.quantization import KEY_ZEROS, KeyNorm, key_norm, rotate
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import table_to_device
 from vllm_zipvl.ops.page_codec import (
@@ -90,8 +83,10 @@ def test_pages_give_back_what_was_quantised(
     codec.write_pages(kv, heap, page_ids, 0, bits, geometry, None)
     expected = kv.float()
     if bits != 16:
-        parts = [dequantise(quantise(clip(rotate(part), bits), bits)) for part in kv.chunk(2, -1)]
-        expected = torch.cat(parts, -1)
+        sides = zip(kv.chunk(2, -1), (KEY_ZEROS, 1), strict=True)
+        expected = torch.cat(
+            [dequantise(quantise(clip(rotate(x), bits, n), bits, n)) for x, n in sides], -1
+        )
     # A step of the widest vector here, with a margin for the float16 of its own range.
     step = 1.01 * float(expected.max() - expected.min()) / (2**bits - 1)
     assert_same(read_pages(heap, page_ids, 111, bits, dtype, geometry), expected, step)
@@ -160,7 +155,7 @@ def check_tokens_of_all_layers(bits: tuple[int, int], num_heads: int, head_size:
     heap, expected = make_heap(geometry, 500), make_heap(geometry, 500)
     pages = torch.randperm(500, dtype=torch.int32)[:480].view(num_layers, num_slots, 40)
     before = torch.zeros(num_layers, num_slots, 2, dtype=torch.int32)
-    norms = torch.full((num_layers, num_slots, 2, num_heads, head_size), torch.nan).half()
+    norms = torch.full((num_layers, num_slots, 3, num_heads, head_size), torch.nan).half()
     rounds = (
         {2: ([7, 2, 5], True), 0: ([4], True)},
         {3: ([1, 9], True), 2: ([8, 0], False), 0: ([11, 3, 6], False)},
@@ -179,8 +174,7 @@ def check_tokens_of_all_layers(bits: tuple[int, int], num_heads: int, head_size:
             for layer, mask in enumerate(mine):
                 tokens = caches[layer][block_ids[row]].transpose(1, 2).flatten(0, 1)
                 if is_first[row]:
-                    keys = tokens[..., :head_size].float()
-                    exact = torch.stack([keys.mean(0), keys.std(0, correction=0)])
+                    exact = torch.stack(key_norm(tokens[..., :head_size])).float()
                     assert torch.allclose(norms[layer, slot].float(), exact, atol=2e-3)
                 norm = KeyNorm(*norms[layer, slot])
                 for precision, part in enumerate((tokens[mask], tokens[~mask])):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_zipvl.core.geometry import PageGeometry
+from vllm_zipvl.core.quantization import plain_norm
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import table_to_device, to_device
 from vllm_zipvl.ops.page_codec import PageTables, write_tokens
@@ -23,9 +24,10 @@ class HeapTables:
         page_table: int32 [num_layers, num_slots, width]; kept tokens' pages from the left,
             the rest's from the right end.
         page_counts: int32 [num_layers, num_slots, 2], tokens in pages: kept, rest.
-        key_norms: float16 [num_layers, num_slots, 2, num_kv_heads, head_size].
+        key_norms: float16 [num_layers, num_slots, 3, num_kv_heads, head_size].
         compressed_lens: int32 [num_slots], where the tokens end that are in pages or evicted; 0
             for none.
+        plain_norm: The key norm of a slot that has none, float16 as in `key_norms`.
 
     Args:
         geometry: Shapes of pages.
@@ -45,10 +47,10 @@ class HeapTables:
         shape = (geometry.num_layers, num_slots)
         self.page_table = torch.zeros(*shape, width, dtype=torch.int32, device=device)
         self.page_counts = torch.zeros(*shape, 2, dtype=torch.int32, device=device)
-        # What quantised keys are normalised by: mean and scale of each channel.
-        heads = (2, geometry.num_kv_heads, geometry.head_size)
-        self.key_norms = torch.zeros(*shape, *heads, dtype=torch.float16, device=device)
-        self.key_norms[:, :, 1] = 1
+        # What quantised keys are normalised by.
+        plain = plain_norm(geometry.num_kv_heads, geometry.head_size, device)
+        self.plain_norm = torch.stack(plain)
+        self.key_norms = self.plain_norm.repeat(*shape, 1, 1, 1)
         self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
 
@@ -94,8 +96,7 @@ class PageHeap:
         # What assigns a number to one element of a GPU's tensor waits for the GPU; this does not.
         tables.compressed_lens[slot].fill_(0)
         tables.page_counts[:, slot].fill_(0)
-        tables.key_norms[:, slot, 0].fill_(0)
-        tables.key_norms[:, slot, 1].fill_(1)
+        tables.key_norms[:, slot].copy_(tables.plain_norm)
 
     def move(
         self, moves: Moves, kv_caches: Sequence[torch.Tensor], kept: torch.Tensor

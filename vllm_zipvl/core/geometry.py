@@ -7,10 +7,10 @@ PAGE_TOKENS = 4
 """Dense tokens of one layer whose bytes make one page."""
 
 PARAM_BYTES = 2
-"""Bytes of one quantisation parameter (float16)."""
+"""Bytes of one quantisation parameter: a float16, or two scales."""
 
 NUM_PARAMS = 4
-"""Parameters per token and head: scale and zero of the key, scale and zero of the value."""
+"""Parameters per token and head: scales of key and value, both zeros of the key, the value's."""
 
 UNQUANTISED = 16
 """The `bits` that stand for the model's own dtype."""
@@ -28,7 +28,7 @@ class PageLayout(NamedTuple):
         capacity: Tokens that a page holds.
         code_bytes: Bytes of one token's key (or value) of one head.
         value_offset: Where the values [capacity, code_bytes] start; keys start at 0.
-        param_offset: Where the float16 parameters [4, capacity] start (quantised only).
+        param_offset: Where the parameters [4, capacity] start (quantised only).
     """
 
     capacity: int

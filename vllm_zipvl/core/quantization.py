@@ -1,120 +1,138 @@
-"""Asymmetric min/max quantisation, packing into bytes, and the Hadamard rotation."""
+"""How keys and values are stored: what keys are normalised by, and the Hadamard rotation.
+
+A request's statistics are taken once, with its first tokens, and serve all later ones. But keys are
+cached rotated by their position (RoPE), and a constant part of a key, as biases of hundreds in
+Qwen2.5, turns in the plane of its pair of channels: what the first tokens saw says little about
+where it is later. Three things keep the error of later tokens what it is at first.
+
+- The pair of channels that is largest is laid where the two zeros of a key take it up, whatever it
+  is: rows 0 and head_size / 2 of the Hadamard matrix are constant on each half of the channels.
+- A channel's scale is the square root of how far it may stray, not the deviation itself: of the
+  scales that do not know the queries, these leave the smallest error, and the error grows with the
+  root only where a channel strays farther than its scale tells.
+- How far it may stray counts what its pair would bring if it turned.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from vllm_zipvl.core.codes import clip, dequantise, quantise
 
-class Quantised(NamedTuple):
-    """Codes with one scale and zero per vector.
-
-    Attributes:
-        codes: uint8 [..., head_size], each below 2^bits.
-        scale: float16 [...].
-        zero: float16 [...]; the value that code 0 stands for.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
-
-
-def quantise(x: torch.Tensor, bits: int) -> Quantised:
-    """Quantise each vector [head_size] of float32 `x` over its own range.
-
-    code = round((x - zero) * (1 / scale)), zero = min, scale = (max - min) / (2^bits - 1), both
-    rounded to float16 before the codes are taken, so that what is stored is what is used.
-    """
-    levels = 2**bits - 1
-    low, high = torch.aminmax(x, dim=-1)
-    limit = torch.finfo(torch.float16).max
-    zero = low.clamp(-limit, limit).half()
-    scale = ((high - zero.float()) / levels).clamp(0, limit).half()
-    # A vector whose range rounds to nothing has no step: its codes are 0.
-    per_step = torch.where(scale > 0, 1 / scale.float(), 0.0)
-    codes = (x - zero.float()[..., None]).mul_(per_step[..., None]).round_().clamp_(0, levels)
-    return Quantised(codes.to(torch.uint8), scale, zero)
-
-
-def dequantise(quantised: Quantised) -> torch.Tensor:
-    """The float32 values that the codes stand for."""
-    codes, scale, zero = quantised
-    return codes.float() * scale.float()[..., None] + zero.float()[..., None]
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes [..., head_size] into bytes [..., head_size * bits / 8].
-
-    A byte holds 8 / bits codes that lie a fixed distance apart: with w bytes in all, byte j
-    holds codes j, j + w, j + 2w, ..., the first in its lowest bits. A kernel then unpacks
-    contiguous bytes into contiguous channels with one shift and one mask.
-    """
-    parts = codes.chunk(8 // bits, dim=-1)
-    packed = parts[0].clone()
-    for i, part in enumerate(parts[1:], start=1):
-        packed |= part << (bits * i)
-    return packed
-
-
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack`: uint8 codes [..., head_size]."""
-    mask = 2**bits - 1
-    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
-
-
-NORMAL_HALF_RANGE = {2: 1.49355}
-"""Half the best range of a uniform quantiser for a unit normal variable, by bits: its step
-times half its number of steps (J. Max, Quantizing for minimum distortion, 1960, table II)."""
-
-
-def clip(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """At 2 bits, clamp each vector to the range that is best for a normal variable.
-
-    A rotated vector is nearly normal, and four levels from its minimum to its maximum would
-    leave most elements to the inner two. At more bits min/max is as good, and this does nothing.
-    """
-    if bits not in NORMAL_HALF_RANGE:
-        return x
-    # In float64, so that implementations agree whatever the order of their sums.
-    std, mean = torch.std_mean(x.double(), dim=-1, correction=0, keepdim=True)
-    std, mean = std.float(), mean.float()
-    half_range = NORMAL_HALF_RANGE[bits] * std
-    return x.clamp(mean - half_range, mean + half_range)
-
+KEY_ZEROS = 2
+"""Zeros of a stored key, one for each half of its rotated channels."""
 
 MIN_KEY_SCALE = 1e-4
-"""Of a channel that hardly varies: float16 can hold it."""
+"""Float16 can hold it."""
+
+TURNING_SHARE = 0.1
+"""How much of its pair's size a channel is expected to stray by."""
+
+LEAST_SCALE = 1 / 8
+"""Of a channel that hardly varies, in terms of its head's mean scale."""
+
+LARGEST_PAIR_SCALE = 1 / 2
+"""Of the pair that the zeros take up, in the same terms: it need not share its noise evenly."""
 
 
 class KeyNorm(NamedTuple):
     """Channel statistics of a request's keys in one layer, float16 [num_kv_heads, head_size] each.
 
-    Keys are stored as (k - mean) / scale. The scale folds into the query, and the mean adds
-    q mean to every score of a query: q k = (q scale) ((k - mean) / scale) + q mean.
+    Keys are stored as (k[order] - mean) / scale. Order and scale fold into the query, and the mean
+    adds the same to every score of a query: q k = (q[order] scale) ((k[order] - mean) / scale) +
+    q[order] mean.
 
     Attributes:
-        mean: Mean of each channel.
-        scale: Standard deviation of each channel.
+        mean: Mean of the channel at each place.
+        scale: Scale of the channel at each place.
+        order: The channel at each place.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
+    order: torch.Tensor
+
+
+def plain_norm(
+    num_kv_heads: int, head_size: int, device: torch.device | str | None = None
+) -> KeyNorm:
+    """The norm that leaves keys as they are."""
+    mean = torch.zeros(num_kv_heads, head_size, dtype=torch.float16, device=device)
+    order = torch.arange(head_size, device=device).half().expand_as(mean)
+    return KeyNorm(mean, torch.ones_like(mean), order)
 
 
 def key_norm(keys: torch.Tensor) -> KeyNorm:
-    """Statistics of keys [num_tokens, num_kv_heads, head_size]."""
+    """The norm of keys [num_tokens, num_kv_heads, head_size]."""
     keys = keys.to(torch.float32, copy=True)
     mean = keys.mean(0)
-    std = keys.sub_(mean).square_().mean(0).sqrt()
-    return KeyNorm(mean.half(), std.clamp(min=MIN_KEY_SCALE).half())
+    return norm_of(mean, keys.sub_(mean).square_().mean(0))
 
 
-def normalise_keys(kv: torch.Tensor, norm: KeyNorm) -> torch.Tensor:
-    """Normalise the keys of [num_tokens, num_kv_heads, 2 * head_size]; returns float32."""
-    kv = kv.to(torch.float32, copy=True)
-    kv.chunk(2, dim=-1)[0].sub_(norm.mean).div_(norm.scale)
-    return kv
+def norm_of(mean: torch.Tensor, variance: torch.Tensor) -> KeyNorm:
+    """The norm of channels with this mean and variance, float32 [..., num_kv_heads, head_size]."""
+    size = mean.square() + variance
+    order, head_size = places(size), mean.shape[-1]
+    takes_up = _has_constant_halves(head_size)
+    if takes_up:
+        pair = order[..., :: head_size // 2]
+        size, variance = size.scatter(-1, pair, 0), variance.scatter(-1, pair, 0)
+    scale = (variance + TURNING_SHARE**2 * _largest_partner(size)).sqrt().sqrt()
+    typical = scale.mean(-1, keepdim=True)
+    scale = torch.maximum(scale, LEAST_SCALE * typical).gather(-1, order)
+    if takes_up:
+        scale[..., :: head_size // 2] = LARGEST_PAIR_SCALE * typical
+    # Keys that are all 0 have no scale.
+    scale = scale.masked_fill_(scale == 0, 1).clamp_(min=MIN_KEY_SCALE)
+    return KeyNorm(mean.gather(-1, order).half(), scale.half(), order.half())
+
+
+def _has_constant_halves(head_size: int) -> bool:
+    """Whether rows 0 and head_size / 2 of the Hadamard matrix are constant on each half."""
+    return head_size & (head_size - 1) == 0
+
+
+def _largest_partner(size: torch.Tensor) -> torch.Tensor:
+    """The largest of a channel and those that RoPE may turn into it, in its two layouts.
+
+    Pairs lie half a head apart (NeoX) or side by side (GPT-J).
+    """
+    apart = size.roll(size.shape[-1] // 2, -1)
+    beside = size.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.maximum(size, torch.maximum(apart, beside))
+
+
+def places(size: torch.Tensor) -> torch.Tensor:
+    """The channel at each place, int64 as `size` [..., head_size].
+
+    The largest channel comes to place 0 and its partner to place head_size / 2. As partners differ
+    in one bit of their index in every layout, that is the largest one among those that do.
+    """
+    head_size = size.shape[-1]
+    place = torch.arange(head_size, device=size.device)
+    if not _has_constant_halves(head_size):
+        return place.expand(size.shape)
+    largest = size.argmax(-1, keepdim=True)
+    exponents = place[: head_size.bit_length() - 1]
+    bits = torch.ones_like(exponents) << exponents
+    bit = bits[size.gather(-1, largest ^ bits).argmax(-1, keepdim=True)]
+    top = head_size // 2
+    # Both bits of the place change where they differ: they change places.
+    differ = ((place & bit) > 0) != ((place & top) > 0)
+    return place ^ torch.where(differ, bit | top, 0) ^ largest
+
+
+def normalise_keys(keys: torch.Tensor, norm: KeyNorm) -> torch.Tensor:
+    """Keys [num_tokens, num_kv_heads, head_size] as they are rotated and stored; float32."""
+    keys = keys.float().gather(-1, norm.order.long().expand_as(keys))
+    return keys.sub_(norm.mean).div_(norm.scale)
+
+
+def restore_keys(stored: torch.Tensor, norm: KeyNorm) -> torch.Tensor:
+    """The float32 keys that normalised ones [num_tokens, num_kv_heads, head_size] stand for."""
+    keys = stored * norm.scale + norm.mean
+    return torch.empty_like(keys).scatter_(-1, norm.order.long().expand_as(keys), keys)
 
 
 def fold_key_norm(queries: torch.Tensor, norm: KeyNorm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,8 +145,9 @@ def fold_key_norm(queries: torch.Tensor, norm: KeyNorm) -> tuple[torch.Tensor, t
     Returns:
         Rotated queries as `queries`, and score offsets [..., num_kv_heads, num_queries].
     """
-    scaled = rotate(queries * norm.scale[..., None, :])
-    return scaled, (queries * norm.mean[..., None, :]).sum(-1)
+    mean, scale, order = (part[..., None, :] for part in norm)
+    queries = queries.gather(-1, order.long().expand_as(queries))
+    return rotate(queries * scale), (queries * mean).sum(-1)
 
 
 @lru_cache(maxsize=16)
@@ -148,3 +167,8 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotate the last dimension of `x` by the Hadamard matrix; returns float32."""
     return x.float() @ hadamard(x.shape[-1], x.device)
+
+
+def through(x: torch.Tensor, bits: int, num_zeros: int = 1) -> torch.Tensor:
+    """What is left of float32 vectors [..., head_size] after storing them at `bits`."""
+    return rotate(dequantise(quantise(clip(rotate(x), bits, num_zeros), bits, num_zeros)))

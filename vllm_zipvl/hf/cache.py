@@ -14,12 +14,12 @@ from vllm_zipvl.core.geometry import UNQUANTISED, cdiv, num_compressible
 from vllm_zipvl.core.neighbourhood import visible_pairs
 from vllm_zipvl.core.probes import num_far_probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.quantization import (
+    KEY_ZEROS,
     KeyNorm,
-    clip,
-    dequantise,
     key_norm,
-    quantise,
-    rotate,
+    normalise_keys,
+    restore_keys,
+    through,
 )
 from vllm_zipvl.core.selection import (
     Selection,
@@ -261,10 +261,10 @@ class ZipVLLayer(DynamicLayer):
             if bits == 0:
                 request.evicted[positions] = True
             elif bits != UNQUANTISED:
-                mean, deviation = (x[:, None] for x in request.norm)
-                keys = (key[:, positions].float() - mean) / deviation
-                key[:, positions] = (_through(keys, bits) * deviation + mean).to(key.dtype)
-                value[:, positions] = _through(value[:, positions].float(), bits).to(value.dtype)
+                keys = normalise_keys(key[:, positions].transpose(0, 1), request.norm)
+                keys = restore_keys(through(keys, bits, KEY_ZEROS), request.norm)
+                key[:, positions] = keys.transpose(0, 1).to(key.dtype)
+                value[:, positions] = through(value[:, positions].float(), bits).to(value.dtype)
         request.compressed_len = end
 
 
@@ -345,8 +345,3 @@ def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     num_heads, num_queries, num_keys = weights.shape
     grouped = weights.reshape(value.shape[0], -1, num_keys)
     return (grouped @ value.float()).reshape(num_heads, num_queries, -1).to(value.dtype)
-
-
-def _through(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """What is left of float32 vectors [..., head_size] after storing them at `bits`."""
-    return rotate(dequantise(quantise(clip(rotate(x), bits), bits)))

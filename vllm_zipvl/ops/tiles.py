@@ -3,10 +3,13 @@
 import triton
 import triton.language as tl
 
+from vllm_zipvl.core.codes import SCALE_DROPPED_BITS
+
 MIN_DOT = 16
 """Smallest side of a tile that `tl.dot` takes."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_DROPPED_BITS = tl.constexpr(SCALE_DROPPED_BITS)
 
 
 def padded(size: int) -> int:
@@ -73,3 +76,10 @@ def places_of(
     block = tl.load(entry, mask=is_token, other=0).to(tl.int64)
     place = tl.load(layer_starts + layer) + block * block_stride + head * head_stride
     return place + positions % block_size * token_stride
+
+
+@triton.jit
+def scale_of(byte):
+    """The scale that a byte stands for, as float32 (`core.codes.byte_to_scale`)."""
+    word = (byte.to(tl.int32) & 255) << _DROPPED_BITS
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -23,8 +23,8 @@ class CachedContext(NamedTuple):
             is ignored where `geometry.low_bits` is 0.
         block_table: int32 [num_rows, max_blocks]: dense blocks of each row.
         geometry: Page shapes.
-        key_norms: What quantised keys of each slot were normalised by, mean and scale,
-            float16 [num_slots, 2, num_kv_heads, head_size].
+        key_norms: What quantised keys of each slot were normalised by: mean, scale and
+            order of the channels, float16 [num_slots, 3, num_kv_heads, head_size].
     """
 
     kv_cache: torch.Tensor

@@ -109,8 +109,8 @@ def _record(shape: Shape) -> Record:
     vectors = 2 * shape.num_queries * shape.padded_size
     widened = shape.row * shape.padded_size if shape.padded_size > shape.head_size else 0
     sizes = [
-        vectors, shape.num_queries, shape.num_queries, vectors, 2 * shape.num_queries,
-        shape.num_queries * shape.row, 4 * shape.row, widened,
+        vectors, shape.num_queries, 2 * shape.num_queries, vectors, 2 * shape.num_queries,
+        shape.num_queries * shape.row, 5 * shape.row, widened,
     ]  # fmt: skip
     starts = [0, *itertools.accumulate(-(-size // LANES) * LANES for size in sizes)]
     return Record(*starts)

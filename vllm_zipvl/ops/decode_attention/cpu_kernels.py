@@ -10,6 +10,7 @@ import math
 import numba
 import numpy as np
 
+from vllm_zipvl.core.codes import SCALE_DROPPED_BITS
 from vllm_zipvl.ops.decode_attention.cpu_launch import DENSE, KEPT, REST
 from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     BFLOAT16,
@@ -67,21 +68,27 @@ def _widen(kind, stored, start, stride, num_tokens, shape, work, first):
 
 @numba.njit(cache=True)
 def _load_params(halves, at, capacity, num_tokens, row, work, params):
-    """Parameters of one page's tokens."""
-    for i in range(4):
+    """Parameters of one page's tokens: a word of both scales, then the zeros."""
+    for token in range(num_tokens):
+        scales = halves[_Index(at + token)]
+        key_scale = half_to_float(np.uint16((scales & 255) << SCALE_DROPPED_BITS))
+        value_scale = half_to_float(np.uint16((scales >> 8) << SCALE_DROPPED_BITS))
+        work[_Index(params + token)] = key_scale
+        work[_Index(params + 3 * row + token)] = value_scale
+    for i in range(1, 4):
+        to = params + (i if i < 3 else 4) * row
         for token in range(num_tokens):
-            value = half_to_float(halves[_Index(at + i * capacity + token)])
-            work[_Index(params + i * row + token)] = value
+            work[_Index(to + token)] = half_to_float(halves[_Index(at + i * capacity + token)])
 
 
 @numba.njit(cache=True)
 def _neutral_params(row, work, params):
-    """Parameters of unquantised tokens: all 1 but the value's zero, which is 0.
+    """Parameters of unquantised tokens: scales of 1, zeros of 0 but for the key's first one.
 
-    The key's zero brings the offset into the score.
+    That brings the offset into the score.
     """
-    for i in range(4 * row):
-        work[_Index(params + i)] = i < 3 * row
+    for i in range(5 * row):
+        work[_Index(params + i)] = i < 2 * row or 3 * row <= i < 4 * row
 
 
 @numba.njit(cache=True)
@@ -121,14 +128,15 @@ def _load_query(query, norm, scale, rotated, work, base, record, shape, index):
         return
     turned = plain + shape.num_queries * shape.padded_size
     offset = np.float32(0)
-    for channel in range(shape.head_size):
-        offset += work[_Index(plain + channel)] * half_to_float(norm[0, channel])
-        scale_of_channel = half_to_float(norm[1, channel])
-        work[_Index(turned + channel)] = work[_Index(plain + channel)] * scale_of_channel
+    for place in range(shape.head_size):
+        of_channel = work[_Index(plain + np.int64(half_to_float(norm[2, place])))]
+        offset += of_channel * half_to_float(norm[0, place])
+        work[_Index(turned + place)] = of_channel * half_to_float(norm[1, place])
     _rotate(work, turned, shape.head_size)
     work[base + record.offsets + index] = -offset
-    for channel in range(shape.head_size):
-        work[base + record.query_sums + index] += work[_Index(turned + channel)]
+    for place in range(shape.head_size):
+        late = np.int64(place >= shape.head_size // 2) * shape.num_queries
+        work[base + record.query_sums + late + index] += work[_Index(turned + place)]
 
 
 @numba.njit(cache=True)
@@ -171,7 +179,8 @@ def _softmax(work, base, record, shape, num_tokens, quantised):
         sums = base + record.sums + q * shape.padded_size
         sums_of_codes = sums + nq * shape.padded_size
         query_sum = work[base + (record.query_sums if quantised else record.offsets) + q]
-        top = affine_max(work, scores, params, shape.row, num_tokens, query_sum)
+        late_sum = work[base + record.query_sums + nq + q]
+        top = affine_max(work, scores, params, shape.row, num_tokens, query_sum, late_sum)
         if top > work[state]:
             factor = _power(work[state] - top)
             work[state] = top

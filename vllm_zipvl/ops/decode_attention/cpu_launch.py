@@ -74,11 +74,11 @@ class Record(NamedTuple):
     Attributes:
         query: Queries [2, num_queries, padded_size], plain and rotated.
         offsets: What adds to the scores of unquantised tokens, [num_queries].
-        query_sums: Sums of the rotated queries, [num_queries].
+        query_sums: Sums of both halves of the rotated queries, [2, num_queries].
         sums: Unnormalised outputs [2, num_queries, padded_size], plain and rotated.
         state: [2, num_queries]: maximum and denominator.
         scores: [num_queries, row].
-        params: [4, row]: scale and zero of the key, scale and zero of the value.
+        params: [5, row]: scale and both zeros of the key, scale and zero of the value.
         widened: Vectors [row, padded_size] of heads that are padded.
         size: Floats of the record.
     """

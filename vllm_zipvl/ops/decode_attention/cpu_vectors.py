@@ -6,7 +6,7 @@ and their lanes are added by one shared tree. Vectors have 16 floats; LLVM cuts 
 the machine has.
 
 Stored elements are of a *kind*: 16-bit and 32-bit floats, or integer codes packed as
-`core.quantization.pack` does, of which one load of 16 bytes gives 16 channels of each of
+`core.codes.pack` does, of which one load of 16 bytes gives 16 channels of each of
 8 / bits parts of the head.
 """
 
@@ -331,28 +331,30 @@ def _exp2(builder: Builder, x: Value) -> Value:
 
 
 @intrinsic
-def affine_max(typing, work, scores, params, row, num_tokens, query_sum):  # type: ignore[no-untyped-def]
-    """Raw scores to scores, raw * scale + query_sum * zero of the key; returns their maximum.
+def affine_max(typing, work, scores, params, row, num_tokens, early_sum, late_sum):  # type: ignore[no-untyped-def]
+    """Raw scores to scores; returns their maximum.
 
-    The maximum passes over NaN, which `weigh` keeps. Scores are padded to a multiple of 16 with
-    very low ones. Params lie `row` floats apart.
+    A score is raw * scale + early_sum * first zero of the key + late_sum * second zero. The
+    maximum passes over NaN, which `weigh` keeps. Scores are padded to a multiple of 16 with very
+    low ones. Params lie `row` floats apart.
     """
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
-        array, scores, params, row, num_tokens, query_sum = args
+        array, scores, params, row, num_tokens, *query_sums = args
         base = _pointer(context, builder, signature.args[0], array, _LONG(0))
-        zeros = builder.add(params, row)
+        starts = [scores, *(builder.add(params, builder.mul(row, _LONG(i))) for i in range(3))]
         top = cgutils.alloca_once(builder, _FLOATS)
         builder.store(_constant(LOWEST), top)
-        query_sum = _splat(builder, query_sum)
+        early_sum, late_sum = (_splat(builder, total) for total in query_sums)
         limit = _splat(builder, builder.trunc(num_tokens, _INT))
         step = _LONG(LANES)
         with cgutils.for_range_slice(builder, _LONG(0), num_tokens, step, _LONG) as (first, _):
-            raw, scale, zero = (
+            raw, scale, early, late = (
                 _load(builder, builder.gep(base, [builder.add(start, first)]), _FLOAT)
-                for start in (scores, params, zeros)
+                for start in starts
             )
-            value = _multiply_add(builder, raw, scale, builder.fmul(query_sum, zero))
+            value = _multiply_add(builder, late_sum, late, builder.fmul(early_sum, early))
+            value = _multiply_add(builder, raw, scale, value)
             lanes = ir.Constant(_INTS, list(range(LANES)))
             index = builder.add(_splat(builder, builder.trunc(first, _INT)), lanes)
             inside = builder.icmp_signed("<", index, limit)
@@ -362,7 +364,8 @@ def affine_max(typing, work, scores, params, row, num_tokens, query_sum):  # typ
         return _fold(builder, _larger, builder.load(top))
 
     long = types.int64
-    return types.float32(work, long, long, long, long, types.float32), generate
+    sums = (types.float32, types.float32)
+    return types.float32(work, long, long, long, long, *sums), generate
 
 
 @intrinsic
@@ -375,7 +378,7 @@ def weigh(typing, work, scores, params, row, num_tokens, top):  # type: ignore[n
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
         array, scores, params, row, num_tokens, top = args
         base = _pointer(context, builder, signature.args[0], array, _LONG(0))
-        scales, zeros = (builder.add(params, builder.mul(row, _LONG(i))) for i in (2, 3))
+        scales, zeros = (builder.add(params, builder.mul(row, _LONG(i))) for i in (3, 4))
         sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(2)]
         for total in sums:
             builder.store(_constant(0.0), total)

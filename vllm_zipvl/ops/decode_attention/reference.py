@@ -4,8 +4,9 @@
     o = softmax(q K^T * scale) V
 
 Quantised pages hold rotated keys and values: (R q)(R k) = q k as R is orthonormal, and their
-share of the output is rotated back once. Their keys are normalised by channel first, which is
-undone in the query and in the scores (`core.quantization.KeyNorm`).
+share of the output is rotated back once. Their keys' channels are put in order and normalised
+first, which is done to the query as well, and made up for in the scores
+(`core.quantization.KeyNorm`).
 """
 
 from typing import TYPE_CHECKING

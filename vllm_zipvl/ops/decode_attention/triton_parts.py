@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vllm_zipvl.ops.tiles import INTERPRETED, dot, rescale, rounded
+from vllm_zipvl.ops.tiles import INTERPRETED, dot, rescale, rounded, scale_of
 
 
 class PageLayout(NamedTuple):
@@ -67,8 +67,11 @@ def _attend_codes(
     channels = order % in_byte * code_bytes + byte
     mask = is_member[:, None] & (byte < code_bytes)[None, :]
     q = tl.load(folded + heads[:, None] * head_size + channels[None, :], mask=mask, other=0)
+    # What the zeros of a key are multiplied by; not rounded, for they may be large.
+    is_early = (channels < head_size // 2)[None, :]
+    early_sum = tl.sum(tl.where(is_early, q, 0.0), axis=1)
+    late_sum = tl.sum(tl.where(is_early, 0.0, q), axis=1)
     q = rounded(q, dtype)
-    q_sum = tl.sum(q.to(tl.float32), axis=1)
     top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([heads.shape[0]], tl.float32)
     sums = tl.zeros([heads.shape[0], layout.bytes_padded * in_byte], tl.float32)
@@ -83,13 +86,15 @@ def _attend_codes(
         code = base[:, None] + (slot * code_bytes)[:, None] + bytes[None, :]
         is_code = is_token[:, None] & (bytes < code_bytes)[None, :]
         param = parameters + (base + param_offset) // 2 + slot
-        key_scale = tl.load(param, mask=is_token, other=0).to(tl.float32)
-        key_zero = tl.load(param + capacity, mask=is_token, other=0).to(tl.float32)
-        value_scale = tl.load(param + 2 * capacity, mask=is_token, other=0).to(tl.float32)
+        scales = tl.load(param, mask=is_token, other=0).to(tl.int16, bitcast=True)
+        key_scale, value_scale = scale_of(scales), scale_of(scales >> 8)
+        early_zero = tl.load(param + capacity, mask=is_token, other=0).to(tl.float32)
+        late_zero = tl.load(param + 2 * capacity, mask=is_token, other=0).to(tl.float32)
         value_zero = tl.load(param + 3 * capacity, mask=is_token, other=0).to(tl.float32)
         keys = _numbers(tl.load(heap + code, mask=is_code, other=0), bits, dtype)
         scores = dot(q, tl.trans(keys)) * key_scale[None, :]
-        scores += q_sum[:, None] * (key_zero + middle * key_scale)[None, :] + offset[:, None]
+        scores += early_sum[:, None] * (early_zero + middle * key_scale)[None, :]
+        scores += late_sum[:, None] * (late_zero + middle * key_scale)[None, :] + offset[:, None]
         scores = tl.where(is_token[None, :], scores, float("-inf"))
         top, past, weights = rescale(top, scores)
         packed = tl.load(heap + code + capacity * code_bytes, mask=is_code, other=0)

@@ -1,10 +1,11 @@
 """Reads and writes of heap pages.
 
 A page belongs to one layer at one precision. It is cut into one part per KV head, and a part
-holds keys [capacity, code_bytes], values [capacity, code_bytes] and, if quantised, float16
-parameters [4, capacity] (scale and zero of the keys, scale and zero of the values). Quantised
-keys are stored normalised, quantised keys and values rotated and clipped (`core.quantization`),
-unquantised ones as they are.
+holds keys [capacity, code_bytes], values [capacity, code_bytes] and, if quantised, parameters
+[4, capacity] of two bytes: the scale of the key beside that of the value, a byte each, and as
+float16 the two zeros of the key and the zero of the value. Quantised keys are stored normalised,
+quantised keys and values rotated and clipped (`core.quantization`, `core.codes`), unquantised ones
+as they are.
 """
 
 from collections.abc import Sequence

@@ -4,19 +4,45 @@ import numba
 import numpy as np
 import torch
 
+from vllm_zipvl.core.codes import (
+    MAX_SCALE,
+    NORMAL_HALF_RANGE,
+    SCALE_DROPPED_BITS,
+    scale_rounding,
+)
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
-from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, normalise_keys, rotate
+from vllm_zipvl.core.quantization import KEY_ZEROS, KeyNorm, normalise_keys, rotate
 from vllm_zipvl.ops.halves import float_to_half, half_to_float
 from vllm_zipvl.ops.threads import match_num_threads
 
 CHUNK_TOKENS = 256
 """Tokens whose float32 vectors stay in the cache between the steps."""
 _LIMIT = np.float32(torch.finfo(torch.float16).max)
+_MAX_SCALE = np.float32(MAX_SCALE)
 
 
 @numba.njit(cache=True, fastmath={"nsz", "reassoc"})
-def _range(x, half_range):
-    """Least and largest value of a vector, within `half_range` standard deviations if not 0.
+def _mean(x):
+    total = 0.0
+    for i in range(len(x)):
+        total += x[i]
+    return total / len(x)
+
+
+@numba.njit(cache=True, fastmath={"nsz", "reassoc"})
+def _reach(x, num_zeros, half_range):
+    """`half_range` standard deviations of a vector around the means of its parts."""
+    squares, width = 0.0, len(x) // num_zeros
+    for first in range(0, len(x), width):
+        mean = _mean(x[first : first + width])
+        for i in range(first, first + width):
+            squares += (x[i] - mean) ** 2
+    return half_range * np.float32(np.sqrt(squares / len(x)))
+
+
+@numba.njit(cache=True, fastmath={"nsz", "reassoc"})
+def _range(x, half_range, reach):
+    """Least and largest value of a part, within `reach` of its mean if `half_range` is not 0.
 
     Both are NaN where the vector is, which the rotation makes NaN throughout.
     """
@@ -25,31 +51,40 @@ def _range(x, half_range):
         low, high = min(low, x[i]), max(high, x[i])
     if half_range == 0:
         return low, high
-    total, squares = 0.0, 0.0
-    for i in range(len(x)):
-        total += x[i]
-    mean = total / len(x)
-    for i in range(len(x)):
-        squares += (x[i] - mean) ** 2
-    reach = half_range * np.float32(np.sqrt(squares / len(x)))
-    return max(np.float32(mean) - reach, low), min(np.float32(mean) + reach, high)
+    mean = np.float32(_mean(x))
+    return max(mean - reach, low), min(mean + reach, high)
 
 
 @numba.njit(cache=True)
-def _pack(x, zero, per_step, bits, out):
-    """Codes of a vector, packed as `core.quantization.pack` does."""
+def _pack(x, zeros, highs, per_step, bits, out):
+    """Codes of a vector, packed as `core.codes.pack` does."""
     levels = np.float32((1 << bits) - 1)
-    width = len(out)
+    width, part = len(out), len(x) // len(zeros)
     for j in range(width):
         packed = np.uint8(0)
         for i in range(8 // bits):
-            code = np.rint((x[j + i * width] - zero) * per_step)
+            channel = j + i * width
+            value = min(x[channel], highs[channel // part])
+            code = np.rint((value - zeros[channel // part]) * per_step)
             packed |= np.uint8(min(max(np.float32(0), code), levels)) << np.uint8(bits * i)
         out[j] = packed
 
 
+@numba.njit(cache=True)
+def _zeros(x, num_zeros, half_range, halves, at, stride):
+    """The zero of each part, also written to `halves`, and the largest value."""
+    reach, width = _reach(x, num_zeros, half_range), len(x) // num_zeros
+    zeros, highs = np.empty(num_zeros, np.float32), np.empty(num_zeros, np.float32)
+    for part in range(num_zeros):
+        low, highs[part] = _range(x[part * width : (part + 1) * width], half_range, reach)
+        zero = float_to_half(min(max(low, -_LIMIT), _LIMIT))
+        halves[at + part * stride] = zero
+        zeros[part] = half_to_float(zero)
+    return zeros, highs
+
+
 @numba.njit(cache=True, parallel=True)
-def _write(x, heap, halves, page_ids, first_slot, bits, layout, head_bytes, half_range):
+def _write(x, heap, halves, page_ids, first_slot, bits, rounding, layout, head_bytes, half_range):
     """Quantise vectors [num_tokens, num_kv_heads, 2, head_size] into their pages."""
     levels = np.float32((1 << bits) - 1)
     capacity, code_bytes, value_offset, param_offset = layout
@@ -59,18 +94,19 @@ def _write(x, heap, halves, page_ids, first_slot, bits, layout, head_bytes, half
         for head in range(x.shape[1]):
             start = head * head_bytes
             params = (start + param_offset) // 2 + slot
-            for part in range(2):
-                vector = x[token, head, part]
-                low, high = _range(vector, half_range)
-                zero = float_to_half(min(max(low, -_LIMIT), _LIMIT))
-                low = half_to_float(zero)
-                scale = float_to_half(min(max((high - low) / levels, np.float32(0)), _LIMIT))
-                step = half_to_float(scale)
+            for side in range(2):
+                vector = x[token, head, side]
+                num_zeros = 1 if side else KEY_ZEROS
+                at = params + (1 + side * KEY_ZEROS) * capacity
+                zeros, highs = _zeros(vector, num_zeros, half_range, halves[page], at, capacity)
+                step = (highs - zeros).max() / levels
+                word = np.int32(float_to_half(min(max(step, np.float32(0)), _MAX_SCALE)))
+                scale = ((word & 0x7FFF) + rounding) >> SCALE_DROPPED_BITS
+                heap[page, 2 * params + side] = scale
+                step = half_to_float(np.uint16(scale << SCALE_DROPPED_BITS))
                 per_step = np.float32(1) / step if step > 0 else np.float32(0)
-                codes = start + part * value_offset + slot * code_bytes
-                _pack(vector, low, per_step, bits, heap[page, codes : codes + code_bytes])
-                halves[page, params + 2 * part * capacity] = scale
-                halves[page, params + (2 * part + 1) * capacity] = zero
+                codes = start + side * value_offset + slot * code_bytes
+                _pack(vector, zeros, highs, per_step, bits, heap[page, codes : codes + code_bytes])
 
 
 def write_pages(
@@ -88,8 +124,9 @@ def write_pages(
     match_num_threads()
     for start in range(0, kv.shape[0], CHUNK_TOKENS):
         chunk = kv[start : start + CHUNK_TOKENS]
-        chunk = chunk if norm is None else normalise_keys(chunk, norm)
-        vectors = rotate(chunk.unflatten(-1, (2, geometry.head_size)))
+        key, value = chunk.chunk(2, dim=-1)
+        key = key if norm is None else normalise_keys(key, norm)
+        vectors = rotate(torch.stack([key.float(), value.float()], dim=-2))
         _write(
             vectors.numpy(),
             pages,
@@ -97,6 +134,7 @@ def write_pages(
             page_ids.long().numpy(),
             first_slot + start,
             bits,
+            scale_rounding(bits),
             geometry.layout(bits),
             geometry.head_page_bytes,
             np.float32(NORMAL_HALF_RANGE.get(bits, 0)),

@@ -4,18 +4,18 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_zipvl.core.geometry import NUM_PARAMS, PARAM_BYTES, UNQUANTISED, PageGeometry
-from vllm_zipvl.core.quantization import (
-    KeyNorm,
+from vllm_zipvl.core.codes import (
     Quantised,
+    byte_to_scale,
     clip,
     dequantise,
-    normalise_keys,
     pack,
     quantise,
-    rotate,
+    scale_to_byte,
     unpack,
 )
+from vllm_zipvl.core.geometry import NUM_PARAMS, PARAM_BYTES, UNQUANTISED, PageGeometry
+from vllm_zipvl.core.quantization import KEY_ZEROS, KeyNorm, normalise_keys, rotate
 
 
 class PageParts(NamedTuple):
@@ -46,12 +46,11 @@ def _split(pages: torch.Tensor, bits: int, geometry: PageGeometry) -> PageParts:
     return PageParts(keys, values, params.unflatten(-1, (NUM_PARAMS, layout.capacity, PARAM_BYTES)))
 
 
-def _encode(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Bytes [..., code_bytes] of vectors [..., head_size], and their parameters [..., 2]."""
-    if bits == UNQUANTISED:
-        return x.contiguous().view(torch.uint8), None
-    codes, scale, zero = quantise(clip(rotate(x), bits), bits)
-    return pack(codes, bits), torch.stack([scale, zero], dim=-1)
+def _params(key: Quantised, value: Quantised) -> torch.Tensor:
+    """The bytes of vectors' parameters, [..., 4, 2]: both scales, the key's zeros, the value's."""
+    scales = torch.stack([scale_to_byte(key.scale), scale_to_byte(value.scale)], dim=-1)
+    zeros = torch.cat([key.zero, value.zero], dim=-1)[..., None].view(torch.uint8)
+    return torch.cat([scales[..., None, :], zeros], dim=-2)
 
 
 def write_pages(
@@ -71,16 +70,17 @@ def write_pages(
     parts = _split(pages, bits, geometry)
     slots = torch.arange(first_slot, first_slot + num_tokens, device=kv.device)
     page, slot = slots // capacity, slots % capacity
-    if bits != UNQUANTISED and norm is not None:
-        kv = normalise_keys(kv, norm)
     key, value = kv.chunk(2, dim=-1)
-    key_bytes, key_params = _encode(key, bits)
-    value_bytes, value_params = _encode(value, bits)
-    parts.keys[page, :, slot] = key_bytes
-    parts.values[page, :, slot] = value_bytes
-    if parts.params is not None and key_params is not None and value_params is not None:
-        params = torch.cat([key_params, value_params], dim=-1)[..., None].view(torch.uint8)
-        parts.params[page, :, :, slot] = params
+    if parts.params is None:
+        parts.keys[page, :, slot] = key.contiguous().view(torch.uint8)
+        parts.values[page, :, slot] = value.contiguous().view(torch.uint8)
+    else:
+        key = key if norm is None else normalise_keys(key, norm)
+        keys = quantise(clip(rotate(key), bits, KEY_ZEROS), bits, KEY_ZEROS)
+        values = quantise(clip(rotate(value), bits), bits)
+        parts.keys[page, :, slot] = pack(keys.codes, bits)
+        parts.values[page, :, slot] = pack(values.codes, bits)
+        parts.params[page, :, :, slot] = _params(keys, values)
     heap[page_ids] = pages
 
 
@@ -101,9 +101,12 @@ def read_pages(
     keys, values = tokens(parts.keys), tokens(parts.values)
     if parts.params is None:
         return torch.cat([keys.view(dtype), values.view(dtype)], dim=-1).float()
-    params = tokens(parts.params.transpose(2, 3)).view(torch.float16)[..., 0]
+    params = tokens(parts.params.transpose(2, 3))
+    scales = byte_to_scale(params[..., 0, :])
+    zeros = params[..., 1:, :].contiguous().view(torch.float16)[..., 0]
+    stored = ((keys, zeros[..., :KEY_ZEROS]), (values, zeros[..., KEY_ZEROS:]))
     decoded = [
-        dequantise(Quantised(unpack(packed, bits), params[..., i], params[..., i + 1]))
-        for packed, i in ((keys, 0), (values, 2))
+        dequantise(Quantised(unpack(packed, bits), scales[..., side], zero))
+        for side, (packed, zero) in enumerate(stored)
     ]
     return torch.cat(decoded, dim=-1)

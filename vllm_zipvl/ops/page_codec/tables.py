@@ -17,8 +17,8 @@ class PageTables(NamedTuple):
         slots: Those of the requests, int64 [num_requests].
         before: Tokens that they have in pages already, kept and rest, int32
             [num_layers, num_requests, 2].
-        key_norms: What quantised keys of each slot are normalised by, mean and scale, float16
-            [num_layers, num_slots, 2, num_kv_heads, head_size].
+        key_norms: What quantised keys of each slot are normalised by, mean, scale and order of
+            the channels, float16 [num_layers, num_slots, 3, num_kv_heads, head_size].
         geometry: Page shapes.
     """
 

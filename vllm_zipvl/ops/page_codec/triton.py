@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_zipvl.core.codes import NORMAL_HALF_RANGE, scale_rounding
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
-from vllm_zipvl.core.quantization import NORMAL_HALF_RANGE, KeyNorm, hadamard
+from vllm_zipvl.core.quantization import KEY_ZEROS, KeyNorm, hadamard
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.layers import Layers, find_layers
@@ -19,6 +20,7 @@ from vllm_zipvl.ops.tiles import padded, places_of
 
 TILE_TOKENS = 32
 TILE_CHANNELS = 16
+_KEY_ZEROS = tl.constexpr(KEY_ZEROS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "block_table_stride"])
@@ -61,6 +63,7 @@ def _encode(
     page_bytes: tl.constexpr,
     head_page_bytes: tl.constexpr,
     half_range: tl.constexpr,
+    rounding: tl.constexpr,
     normalises: tl.constexpr,
     tile_tokens: tl.constexpr,
     tile_channels: tl.constexpr,
@@ -101,13 +104,15 @@ def _encode(
         else:
             own_norms = norms + layer * norm_layer_stride + tl.load(slots + row) * norm_slot_stride
             own_norms += head * head_size
-            parameter = parameters + (base + 2 * capacity * code_bytes) // 2 + slot
+            parameter = (base + 2 * capacity * code_bytes) // 2 + slot
             for side in tl.static_range(2):
                 encode_side(
                     source + side * head_size, own_norms, rotation,
                     heap + base + (side * capacity + slot) * code_bytes,
-                    parameter + 2 * side * capacity, is_token, head_size, channels_padded,
-                    tile_channels, bits, code_bytes, bytes_padded, capacity, half_range,
+                    heap + 2 * parameter + side,
+                    parameters + parameter + (1 + side * _KEY_ZEROS) * capacity, is_token,
+                    head_size, channels_padded, tile_channels, bits, code_bytes, bytes_padded,
+                    capacity, half_range, rounding, _KEY_ZEROS if side == 0 else 1,
                     normalises and side == 0,
                 )  # fmt: skip
 
@@ -122,6 +127,7 @@ def _page_arguments(bits: int, geometry: PageGeometry) -> dict[str, int | float]
         "page_bytes": geometry.page_bytes,
         "head_page_bytes": geometry.head_page_bytes,
         "half_range": NORMAL_HALF_RANGE.get(bits, 0.0),
+        "rounding": scale_rounding(bits),
         "head_size": geometry.head_size,
         "channels_padded": padded(geometry.head_size),
         "tile_tokens": TILE_TOKENS,
@@ -198,7 +204,7 @@ def write_pages(
     num_tokens, device = len(kv), kv.device
     if num_tokens == 0:
         return
-    norms = torch.stack(norm) if norm else kv.new_empty(2, 0, dtype=torch.float16)
+    norms = torch.stack(norm) if norm else kv.new_empty(3, 0, dtype=torch.float16)
     first = to_device([(first_slot, 0)], device, torch.int32)
     # Tokens one after another are blocks of one token, and the table is one of one slot.
     tables = PageTables(

@@ -4,7 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_zipvl.core.codes import MAX_SCALE, SCALE_DROPPED_BITS
+from vllm_zipvl.ops.tiles import scale_of
+
 _HALF_LIMIT = tl.constexpr(torch.finfo(torch.float16).max)
+_MAX_SCALE = tl.constexpr(MAX_SCALE)
+_DROPPED_BITS = tl.constexpr(SCALE_DROPPED_BITS)
 
 
 @triton.jit
@@ -29,12 +34,16 @@ def _rotated(
         channels = first + tl.arange(0, tile_channels)
         is_channel = channels < head_size
         mask = is_token[:, None] & is_channel[None, :]
-        x = tl.load(source[:, None] + channels[None, :], mask=mask, other=0).to(tl.float32)
         if normalises:
+            # Mean, scale and order of the channels follow one another, each of all heads.
+            apart = tl.num_programs(1) * head_size
             mean = tl.load(norms + channels, mask=is_channel, other=0).to(tl.float32)
-            scale = norms + tl.num_programs(1) * head_size
-            scale = tl.load(scale + channels, mask=is_channel, other=1).to(tl.float32)
+            scale = tl.load(norms + apart + channels, mask=is_channel, other=1).to(tl.float32)
+            order = tl.load(norms + 2 * apart + channels, mask=is_channel, other=0).to(tl.int32)
+            x = tl.load(source[:, None] + order[None, :], mask=mask, other=0).to(tl.float32)
             x = tl.where(mask, (x - mean[None, :]) / scale[None, :], 0.0)
+        else:
+            x = tl.load(source[:, None] + channels[None, :], mask=mask, other=0).to(tl.float32)
         square = channels[:, None] * head_size + columns[None, :]
         mask = is_channel[:, None] & is_column[None, :]
         turn = tl.load(rotation + square, mask=mask, other=0)
@@ -44,27 +53,65 @@ def _rotated(
 
 
 @triton.jit
-def _range(y, is_channel, head_size: tl.constexpr, half_range: tl.constexpr):
-    """Smallest and largest of each vector after clipping; NaN where the vector has none."""
-    low = tl.min(tl.where(is_channel[None, :], y, float("inf")), axis=1)
-    high = tl.max(tl.where(is_channel[None, :], y, float("-inf")), axis=1)
-    if half_range > 0:
-        mean = tl.sum(tl.where(is_channel[None, :], y, 0.0), axis=1) / head_size
-        away = tl.where(is_channel[None, :], y - mean[:, None], 0.0)
-        reach = half_range * tl.sqrt(tl.sum(away * away, axis=1) / head_size)
-        low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
-        is_range = mean - reach == mean - reach
-    else:
-        is_range = tl.sum(tl.where(is_channel[None, :] & (y != y), 1, 0), axis=1) == 0
-    nan = float("nan")
-    return tl.where(is_range, low, nan), tl.where(is_range, high, nan)
+def _mean_and_squares(y, is_own, num_channels: tl.constexpr):
+    """Mean of some channels of each vector, and the sum of their squared distances from it."""
+    mean = tl.sum(tl.where(is_own[None, :], y, 0.0), axis=1) / num_channels
+    away = tl.where(is_own[None, :], y - mean[:, None], 0.0)
+    return mean, tl.sum(away * away, axis=1)
 
 
 @triton.jit
-def _to_half(x):
-    """Rounded to float16 within its finite range; NaN stays."""
-    bounded = tl.minimum(tl.maximum(x, -_HALF_LIMIT), _HALF_LIMIT)
+def _range(y, is_own, mean, reach, half_range: tl.constexpr):
+    """Smallest and largest of some channels of each vector, within `reach` of their mean."""
+    low = tl.min(tl.where(is_own[None, :], y, float("inf")), axis=1)
+    high = tl.max(tl.where(is_own[None, :], y, float("-inf")), axis=1)
+    if half_range > 0:
+        low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
+    return low, high
+
+
+@triton.jit
+def _ranges(
+    y, channels, head_size: tl.constexpr, half_range: tl.constexpr, num_zeros: tl.constexpr
+):
+    """Smallest and largest of the first and of the last part of each vector after clipping.
+
+    The parts are the same where there is one zero. NaN where the vector has none.
+    """
+    part: tl.constexpr = head_size // num_zeros
+    is_first = channels < part
+    is_last = (channels >= head_size - part) & (channels < head_size)
+    first_mean, squares = _mean_and_squares(y, is_first, part)
+    last_mean = first_mean
+    if num_zeros > 1:
+        last_mean, last_squares = _mean_and_squares(y, is_last, part)
+        squares += last_squares
+    reach = half_range * tl.sqrt(squares / head_size)
+    low, high = _range(y, is_first, first_mean, reach, half_range)
+    last_low, last_high = low, high
+    if num_zeros > 1:
+        last_low, last_high = _range(y, is_last, last_mean, reach, half_range)
+    # One that is not a number is none of its vector.
+    is_wrong = (channels < head_size)[None, :] & (y != y)
+    has_range = tl.sum(tl.where(is_wrong, 1, 0), axis=1) == 0
+    if half_range > 0:
+        has_range &= reach == reach
+    nan = float("nan")
+    low, high = tl.where(has_range, low, nan), tl.where(has_range, high, nan)
+    return low, high, tl.where(has_range, last_low, nan), tl.where(has_range, last_high, nan)
+
+
+@triton.jit
+def _to_half(x, limit: tl.constexpr):
+    """Rounded to float16 within +- `limit`; NaN stays."""
+    bounded = tl.minimum(tl.maximum(x, -limit), limit)
     return tl.where(x == x, bounded, x).to(tl.float16)
+
+
+@triton.jit
+def _scale_to_byte(scale, rounding: tl.constexpr):
+    word = _to_half(scale, _MAX_SCALE).to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    return (word + rounding) >> _DROPPED_BITS
 
 
 @triton.jit
@@ -73,7 +120,8 @@ def encode_side(
     norms,
     rotation,
     heap,
-    parameters,
+    scales,
+    zeros,
     is_token,
     head_size: tl.constexpr,
     channels_padded: tl.constexpr,
@@ -83,33 +131,42 @@ def encode_side(
     bytes_padded: tl.constexpr,
     capacity: tl.constexpr,
     half_range: tl.constexpr,
+    rounding: tl.constexpr,
+    num_zeros: tl.constexpr,
     normalises: tl.constexpr,
 ):
-    """Write codes to `heap` and scale and zero to `parameters`, pointers [tile_tokens] each."""
+    """Write codes to `heap`, scales to bytes and zeros to float16, pointers [tile_tokens] each."""
     channels = tl.arange(0, channels_padded)
-    is_channel = channels < head_size
     y = _rotated(
-        source, norms, rotation, is_token, channels, is_channel, head_size, channels_padded,
-        tile_channels, normalises,
+        source, norms, rotation, is_token, channels, channels < head_size, head_size,
+        channels_padded, tile_channels, normalises,
     )  # fmt: skip
-    low, high = _range(y, is_channel, head_size, half_range)
+    low, high, last_low, last_high = _ranges(y, channels, head_size, half_range, num_zeros)
     levels: tl.constexpr = 2**bits - 1
-    zero = _to_half(low)
-    scale = _to_half(tl.maximum((high - zero.to(tl.float32)) / levels, 0.0))
-    tl.store(parameters, scale, mask=is_token)
-    tl.store(parameters + capacity, zero, mask=is_token)
-    step = scale.to(tl.float32)
+    zero, last_zero = _to_half(low, _HALF_LIMIT), _to_half(last_low, _HALF_LIMIT)
+    tl.store(zeros, zero, mask=is_token)
+    if num_zeros > 1:
+        tl.store(zeros + capacity, last_zero, mask=is_token)
+    zero, last_zero = zero.to(tl.float32), last_zero.to(tl.float32)
+    scale = tl.maximum(high - zero, last_high - last_zero) / levels
+    byte = _scale_to_byte(tl.where(scale < 0, 0.0, scale), rounding)
+    tl.store(scales, byte.to(tl.uint8), mask=is_token)
+    step = scale_of(byte)
     per_step = tl.where(step > 0, 1 / tl.where(step > 0, step, 1.0), 0.0)
     # Byte j holds the codes of channels j, j + code_bytes, ...: one product for each.
     places = tl.arange(0, bytes_padded)
     packed = tl.zeros([is_token.shape[0], bytes_padded], tl.int32)
     for part in tl.static_range(8 // bits):
+        columns = part * code_bytes + places
         y = _rotated(
-            source, norms, rotation, is_token, part * code_bytes + places, places < code_bytes,
+            source, norms, rotation, is_token, columns, places < code_bytes,
             head_size, channels_padded, tile_channels, normalises,
         )  # fmt: skip
-        y = tl.minimum(tl.maximum(y, low[:, None]), high[:, None])
-        code = (y - zero.to(tl.float32)[:, None]) * per_step[:, None]
+        is_last = (columns >= head_size - head_size // num_zeros)[None, :]
+        least = tl.where(is_last, last_low[:, None], low[:, None])
+        y = tl.minimum(tl.maximum(y, least), tl.where(is_last, last_high[:, None], high[:, None]))
+        code = y - tl.where(is_last, last_zero[:, None], zero[:, None])
+        code = code * per_step[:, None]
         # To the nearest, ties to even as torch rounds: adding 1.5 * 2^23 drops the fraction.
         code = (code + 12582912.0) - 12582912.0
         code = tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), levels), 0.0)
