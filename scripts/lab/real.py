@@ -16,6 +16,7 @@ from typing import Any
 
 import real_model
 import torch
+from real_facts import Facts
 from real_methods import METHODS, Method
 from real_prefill import Prefill
 from real_rows import Key, Rows, digest_of
@@ -24,7 +25,7 @@ from real_text import Stretch, Texts
 from tqdm import tqdm
 
 FULL = "full"
-TASKS = ("text",)
+TASKS = ("text", "facts")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,6 +53,7 @@ class Answers:
     def __init__(self, runner: Runner, stretch: Stretch) -> None:
         self.runner, self.stretch = runner, stretch
         self.prompts: dict[Prefill, Prompt] = {}
+        self.compared: dict[Method, torch.Tensor] = {}
         self.full = self.logprobs(METHODS[FULL])
 
     def prompt(self, prefill: Prefill) -> Prompt:
@@ -65,13 +67,19 @@ class Answers:
         prompt = self.prompt(method.prefill)
         return self.runner.answer(prompt, self.stretch.answer, method.cache).log_softmax(-1)
 
+    def whole(self, method: Method) -> torch.Tensor:
+        """As `logprobs`, computed once."""
+        if method not in self.compared:
+            self.compared[method] = self.logprobs(method)
+        return self.compared[method]
+
     def row(self, method: Method) -> dict[str, Any]:
         """Figures of one method."""
         found, answer = self.logprobs(method), self.stretch.answer
         prompt = self.prompt(method.prefill)
         kept = [float(view.kept.float().mean()) for view in prompt.views]
         kv_bytes, high = method.cache.share(prompt.stored(), prompt.views)
-        return {
+        row = {
             "kept": round(sum(kept) / len(kept), 4),
             "pairs": round(sum(prompt.pairs) / len(kept), 4),
             "kv_bytes": round(kv_bytes, 4),
@@ -81,6 +89,9 @@ class Answers:
             "same": round(float((self.full.argmax(-1) == found.argmax(-1)).float().mean()), 5),
             "right": int((found.argmax(-1) == answer).all()),
         }
+        if method.whole is not None:
+            row["kl_whole"] = round(divergence(self.whole(method.whole), found), 6)
+        return row
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -96,6 +107,9 @@ def main() -> None:
     model, tokenizer = real_model.load(folder)
     model_digest = real_model.digest(folder)
     runner, texts = Runner(model), Texts(tokenizer)
+    tasks = {"text": texts.stretch}
+    if "facts" in arguments.tasks:
+        tasks["facts"] = Facts(tokenizer, texts.ids).stretch
     names = sorted(arguments.methods, key=lambda name: repr(METHODS[name].prefill))
     wanted = [
         (task, tokens, doc)
@@ -104,7 +118,7 @@ def main() -> None:
         for tokens in arguments.tokens
     ]
     for task, tokens, doc in tqdm(wanted, unit="stretch"):
-        stretch = texts.stretch(tokens, doc)
+        stretch = tasks[task](tokens, doc)
         digests = {n: digest_of(model_digest, stretch.digest(), METHODS[n]) for n in names}
         todo = [n for n in names if not rows.has(Key(task, tokens, doc, n), digests[n])]
         if not todo:

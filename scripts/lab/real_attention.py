@@ -142,9 +142,7 @@ class Neighbourhood:
             found.append((block[~kept[block]], is_near.nonzero()[:, 0]))
         return [(rows, columns) for rows, columns in found if len(rows)]
 
-    def pairs(
-        self, rows: torch.Tensor, columns: torch.Tensor, kept: torch.Tensor
-    ) -> torch.Tensor:
+    def pairs(self, rows: torch.Tensor, columns: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """As `core.neighbourhood.visible_pairs`, of some columns."""
         ahead = rows[:, None] - columns
         is_near = (ahead < self.window) | (columns < self.sinks)

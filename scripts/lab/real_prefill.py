@@ -85,7 +85,8 @@ class Sparse:
         probe_recent: Last positions of a chunk that probe.
         probe_random: Random ones.
         chunk: Tokens of a chunk; None is the whole prompt.
-        dense: Share of the layers, from the first on, that attend densely.
+        dense_layers: First layers that attend densely.
+        dense_half: Whether the first half of the layers does.
         min_tokens: Shorter contexts attend densely.
     """
 
@@ -95,7 +96,8 @@ class Sparse:
     probe_recent: int = ZipVLConfig.probe_recent
     probe_random: int = ZipVLConfig.probe_random
     chunk: int | None = None
-    dense: float = 0.0
+    dense_layers: int = 0
+    dense_half: bool = False
     min_tokens: int = ZipVLConfig.min_tokens
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
@@ -119,13 +121,12 @@ class _ByProbes:
 
     def view(self, layer: Layer) -> View:
         method = self.method
-        probing = Probing(
-            method.probe_recent, method.probe_random, 0, method.window, method.sinks
-        )
+        probing = Probing(method.probe_recent, method.probe_random, 0, method.window, method.sinks)
         tally = self.tallies.setdefault(layer.index, Tally(probing))
         seen = tally.add(layer.query, layer.key, layer.scale)
         kept = method.rule.choose(seen, layer.key.shape[0])
-        is_dense = layer.index < method.dense * layer.num_layers
+        num_dense = layer.num_layers // 2 if method.dense_half else method.dense_layers
+        is_dense = layer.index < num_dense
         if is_dense or layer.num_tokens < method.min_tokens or bool(kept.all()):
             return View(Everything(), kept, seen)
         return View(Neighbourhood(kept, method.window, method.sinks), kept, seen)

@@ -77,9 +77,7 @@ class Tally:
         """Probe with a chunk, the last queries of the context: its random probes stay."""
         probing, end = self.probing, key.shape[1]
         start = end - query.shape[1]
-        random, recent = probe_positions(
-            probing.seed, start, end, probing.recent, probing.random
-        )
+        random, recent = probe_positions(probing.seed, start, end, probing.recent, probing.random)
         masses = self._masses(query, key, random, scale)
         if self.random is not None:
             masses[..., : self.random.shape[-1]] += self.random

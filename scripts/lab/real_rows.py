@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,18 @@ def key_of(row: dict[str, Any]) -> Key:
     return Key(row["task"], row["tokens"], row["doc"], row["method"])
 
 
-def digest_of(*parts: Any) -> str:
-    """Of all that decides a row; `parts` show it in their repr."""
-    return hashlib.sha256(repr((VERSION, *parts)).encode()).hexdigest()[:12]
+def settings_of(method: Any) -> Any:
+    """What a dataclass holds, but for what is off, so that a new option leaves old rows valid."""
+    if not is_dataclass(method):
+        return method
+    found = {field.name: settings_of(getattr(method, field.name)) for field in fields(method)}
+    return type(method).__name__, {name: value for name, value in found.items() if value}
+
+
+def digest_of(model: str, text: str, method: Any) -> str:
+    """Of all that decides a row: digests of model and text, and a method."""
+    what = repr((VERSION, model, text, settings_of(method)))
+    return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
 def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
