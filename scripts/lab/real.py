@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 FULL = "full"
 TASKS = ("text", "facts")
+WHOLE = {METHODS[FULL], *(method.whole for method in METHODS.values() if method.whole)}
+"""What others are compared with."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +56,6 @@ class Answers:
         self.runner, self.stretch = runner, stretch
         self.prompts: dict[Prefill, Prompt] = {}
         self.compared: dict[Method, torch.Tensor] = {}
-        self.full = self.logprobs(METHODS[FULL])
 
     def prompt(self, prefill: Prefill) -> Prompt:
         if prefill not in self.prompts:
@@ -64,18 +65,18 @@ class Answers:
         return self.prompts[prefill]
 
     def logprobs(self, method: Method) -> torch.Tensor:
+        if method in self.compared:
+            return self.compared[method]
         prompt = self.prompt(method.prefill)
-        return self.runner.answer(prompt, self.stretch.answer, method.cache).log_softmax(-1)
-
-    def whole(self, method: Method) -> torch.Tensor:
-        """As `logprobs`, computed once."""
-        if method not in self.compared:
-            self.compared[method] = self.logprobs(method)
-        return self.compared[method]
+        found = self.runner.answer(prompt, self.stretch.answer, method.cache).log_softmax(-1)
+        if method in WHOLE:
+            self.compared[method] = found
+        return found
 
     def row(self, method: Method) -> dict[str, Any]:
         """Figures of one method."""
-        found, answer = self.logprobs(method), self.stretch.answer
+        full, found = self.logprobs(METHODS[FULL]), self.logprobs(method)
+        answer = self.stretch.answer
         prompt = self.prompt(method.prefill)
         kept = [float(view.kept.float().mean()) for view in prompt.views]
         kv_bytes, high = method.cache.share(prompt.stored(), prompt.views)
@@ -85,18 +86,24 @@ class Answers:
             "kv_bytes": round(kv_bytes, 4),
             "high": round(high, 4),
             "loss": round(-float(found.gather(1, answer[:, None]).mean()), 5),
-            "kl": round(divergence(self.full, found), 6),
-            "same": round(float((self.full.argmax(-1) == found.argmax(-1)).float().mean()), 5),
+            "kl": round(divergence(full, found), 6),
+            "same": round(float((full.argmax(-1) == found.argmax(-1)).float().mean()), 5),
             "right": int((found.argmax(-1) == answer).all()),
         }
         if method.whole is not None:
-            row["kl_whole"] = round(divergence(self.whole(method.whole), found), 6)
+            row["kl_whole"] = round(divergence(self.logprobs(method.whole), found), 6)
         return row
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     """KL divergence in nats, mean over tokens, of log-probabilities [num_tokens, vocabulary]."""
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def order(name: str) -> tuple[bool, bool, str]:
+    """Full attention first, then whole prompts by their prefills, then those that are cut."""
+    method = METHODS[name]
+    return name != FULL, method.whole is not None, repr(method.prefill)
 
 
 def main() -> None:
@@ -110,7 +117,9 @@ def main() -> None:
     tasks = {"text": texts.stretch}
     if "facts" in arguments.tasks:
         tasks["facts"] = Facts(tokenizer, texts.ids).stretch
-    names = sorted(arguments.methods, key=lambda name: repr(METHODS[name].prefill))
+    names = sorted(arguments.methods, key=order)
+    if "text" in arguments.tasks:
+        texts.check(max(arguments.tokens), arguments.docs)
     wanted = [
         (task, tokens, doc)
         for doc in range(arguments.docs)

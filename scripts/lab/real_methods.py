@@ -31,6 +31,11 @@ def sparse(tau: float = Rule.tau, **settings: Any) -> Method:
     return Method(Sparse(Rule(tau=tau, **of_rule), **settings))
 
 
+def near(**settings: Any) -> Method:
+    """What is varied: the prefill that counts what window and sinks hold, at tau 0.95."""
+    return sparse(0.95, outside=True, **settings)
+
+
 def dense(high_bits: int, low_bits: int, tau: float = Rule.tau, **settings: Any) -> Method:
     """A dense prefill, and a cache at two precisions."""
     return Method(FULL, Cache(high_bits, low_bits, Rule(tau=tau), **settings))
@@ -60,17 +65,13 @@ PREFILLS: dict[str, Method] = {
     **{f"outside-tau{tau}": sparse(tau, outside=True) for tau in TAUS},
     **{f"fixed-{ratio}": sparse(ratio=ratio) for ratio in RATIOS},
     **{f"random-{ratio}": sparse(ratio=ratio, order="random") for ratio in RATIOS},
-    **{f"window-{window}": sparse(0.9, window=window) for window in (16, 32, 128, 256)},
-    **{f"sinks-{sinks}": sparse(0.9, sinks=sinks) for sinks in (0, 16)},
-    **{f"probes-{n}+{n}": sparse(0.9, probe_recent=n, probe_random=n) for n in (32, 16)},
-    "outside-window-32": sparse(0.9, outside=True, window=32),
-    "outside-window-128": sparse(0.9, outside=True, window=128),
-    "outside-probes-32+32": sparse(0.9, outside=True, probe_recent=32, probe_random=32),
-    **{f"smooth-{n}": sparse(0.9, smooth=n) for n in (1, 3)},
-    "kv-head-sets": sparse(0.9, sets="kv_head"),
-    "head-sets": sparse(0.9, sets="head"),
-    **{f"dense-first-{n}": sparse(0.9, dense_layers=n) for n in (1, 2)},
-    "dense-half": sparse(0.9, dense_half=True),
+    **{f"window-{window}": near(window=window) for window in (16, 32, 128, 256)},
+    **{f"sinks-{sinks}": near(sinks=sinks) for sinks in (0, 16)},
+    **{f"probes-{n}+{n}": near(probe_recent=n, probe_random=n) for n in (32, 16)},
+    **{f"smooth-{n}": near(smooth=n) for n in (1, 3)},
+    **{f"{sets}-sets": near(sets=sets) for sets in ("kv_head", "head")},
+    **{f"dense-first-{n}": near(dense_layers=n) for n in (1, 2)},
+    "dense-half": near(dense_half=True),
     **{
         f"token-sparse-tau{tau}": sparse(tau, smooth=1, sets="head", dense_half=True, **PAPER)
         for tau in (0.9, 0.975)
@@ -94,22 +95,27 @@ DENSE: dict[str, Method] = {
     "cache-fp8": Method(FULL, Cache(fp8=True)),
     **{
         f"first-{first}-{name}-tau{tau}": dense(*CACHES[name], tau, first=first)
-        for first in (4, 16)
+        for first in (4, 16, 32)
         for name, tau in (("4/2", 0.975), ("4/2", 0.9), ("8/4", 0.9))
     },
-    **{f"first-{first}-4": dense(4, 4, first=first) for first in (4, 16)},
+    **{f"first-{first}-4": dense(4, 4, first=first) for first in (4, 16, 32)},
 }
 """Caches after a dense prefill."""
 
 TOGETHER: dict[str, Method] = {
     "zipvl": both(DEFAULT),
-    "zipvl-first-4": both(DEFAULT, first=4),
-    "both-tau0.9": both(AT_90),
-    "both-tau0.9/0.975": both(AT_90, 0.975),
-    "both-tau0.9/0.975-first-4": both(AT_90, 0.975, 4),
-    "both-outside0.9/0.975": both(OUTSIDE, 0.975),
-    "both-outside0.9/0.975-first-4": both(OUTSIDE, 0.975, 4),
-    "both-outside0.95/0.975-first-4": both(sparse(0.95, outside=True), 0.975, 4),
+    **{
+        f"both-{name}/{tau or 'own'}{f'-first-{first}' * bool(first)}": both(method, tau, first)
+        for name, method in {
+            "tau0.9": AT_90,
+            "tau0.975": DEFAULT,
+            "outside0.9": OUTSIDE,
+            "outside0.95": near(),
+            "outside0.975": sparse(outside=True),
+        }.items()
+        for tau in (None, 0.975, 0.99)
+        for first in (0, 4)
+    },
 }
 """Prefill and cache."""
 
@@ -117,6 +123,7 @@ CUT: dict[str, Method] = {
     **{f"cut-{chunk}-tau0.975": cut(DEFAULT, chunk) for chunk in (256, 512, 2048)},
     **{f"cut-{chunk}-tau0.9": cut(AT_90, chunk) for chunk in (256, 512, 2048)},
     **{f"cut-{chunk}-outside0.9": cut(OUTSIDE, chunk) for chunk in (256, 512, 2048)},
+    **{f"cut-{chunk}-outside0.975": cut(sparse(outside=True), chunk) for chunk in (256, 512)},
     **{f"cut-{chunk}-paper": cut(sparse(**PAPER), chunk) for chunk in (512,)},
     "cut-512-zipvl": cut(both(DEFAULT), 512),
 }

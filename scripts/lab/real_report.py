@@ -2,7 +2,8 @@
 
     python scripts/lab/real_report.py --json OUT.jsonl [MORE.jsonl ...] [--methods NAME ...]
 
-A table per task and length. A method that has not been measured on as many stretches as full
+A table per task and length; how much the loss rises is against full attention on the same
+stretches. A method that has not been measured on as many stretches as full
 attention says on how many.
 """
 
@@ -20,8 +21,8 @@ from real_rows import key_of, read_rows
 SHARES = {"kept": "kept %", "pairs": "pairs %", "kv_bytes": "KV bytes %"}
 """Means without an interval."""
 
-FIGURES = {"loss": "loss", "kl": "KL", "same": "same %", "kl_whole": "KL to whole"}
-DIGITS = {"loss": 3, "kl": 4, "same": 1, "kl_whole": 4}
+FIGURES = {"rise": "loss rises by", "kl": "KL", "same": "same %", "kl_whole": "KL to whole"}
+DIGITS = {"rise": 3, "kl": 4, "same": 1, "kl_whole": 4}
 FULL = "full"
 
 Row = dict[str, Any]
@@ -62,6 +63,11 @@ def groups(rows: list[Row]) -> dict[tuple[str, int], dict[str, dict[int, Row]]]:
     for row in rows:
         key = key_of(row)
         found[key.task, key.tokens][key.method][key.doc] = row
+    for methods in found.values():
+        for row in (row for some in methods.values() for row in some.values()):
+            full = methods[FULL].get(row["doc"])
+            if full is not None:
+                row["rise"] = row["loss"] - full["loss"]
     return {place: dict(methods) for place, methods in sorted(found.items())}
 
 
@@ -111,7 +117,10 @@ def report(files: list[Path], wanted: list[str] | None) -> str:
     parts = []
     for (task, tokens), methods in groups(rows).items():
         num = max(map(len, methods.values()))
-        heading = f"{task}, {tokens:,} tokens, {num} stretches"
+        loss = np.mean([row["loss"] for row in methods[FULL].values()] or math.nan)
+        heading = (
+            f"{task}, {tokens:,} tokens, {num} stretches (loss {loss:.3f} with full attention)"
+        )
         parts.append(f"{heading}\n\n{table(task, methods, wanted)}")
     return "\n\n".join(parts)
 

@@ -77,16 +77,19 @@ class Texts:
         """How many stretches of a length there are that do not overlap."""
         return len(self.ids) // (tokens + ANSWER_TOKENS)
 
-    def stretch(self, tokens: int, doc: int) -> Stretch:
-        """A prompt of `tokens` and its true continuation.
+    def check(self, tokens: int, num: int) -> None:
+        """Whether there are `num` stretches of a length.
 
         Raises:
-            SystemExit: There is no such stretch.
+            SystemExit: There are not.
         """
-        if doc >= self.num_stretches(tokens):
+        if num > self.num_stretches(tokens):
             raise SystemExit(
-                f"there are {self.num_stretches(tokens)} stretches of {tokens} tokens, no more"
+                f"there are {self.num_stretches(tokens)} stretches of {tokens} tokens, not {num}"
             )
+
+    def stretch(self, tokens: int, doc: int) -> Stretch:
+        """A prompt of `tokens` and its true continuation."""
         first = doc * (tokens + ANSWER_TOKENS)
         end = first + tokens
         return Stretch(
