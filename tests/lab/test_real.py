@@ -147,8 +147,9 @@ def test_a_study_goes_on_after_an_interruption(run, tmp_path):
     assert out.read_text().startswith(whole)
     figures = [[{**row, "seconds": 0} for row in some] for some in (rows, again)]
     assert sorted(map(str, figures[0])) == sorted(map(str, figures[1]))
-    tables = real_report.report([out], None)
+    tables = real_report.report([out], against="cache-4/2-tau0.9")
     assert "text, 96 tokens, 2 stretches (loss" in tables and "right %" in tables
+    assert "1.00 (1.00 to 1.00)" in tables
 
 
 def test_rows_of_something_else_are_refused(run, tmp_path):

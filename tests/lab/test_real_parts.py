@@ -177,6 +177,6 @@ def test_prompts_are_cut_as_the_engine_cuts_them():
 
 
 def test_intervals_are_students():
-    for freedom, expected in ((5, 2.571), (11, 2.201), (23, 2.069)):
+    for freedom, expected in ((1, 12.706), (5, 2.571), (11, 2.201), (23, 2.069)):
         assert real_report.quantile(freedom) == pytest.approx(expected, rel=3e-3)
     assert real_report.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2) == "3.50 ± 1.96"
