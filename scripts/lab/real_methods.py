@@ -46,9 +46,11 @@ def cut(method: Method, chunk: int) -> Method:
     return replace(method, prefill=replace(method.prefill, chunk=chunk), whole=method)
 
 
-def both(method: Method, tau: float | None = None, first: int = 0) -> Method:
-    """A prefill with a 4/2-bit cache; `tau` is the cache's own share."""
-    return replace(method, cache=Cache(4, 2, tau and Rule(tau=tau), first))
+def both(
+    method: Method, tau: float | None = None, first: int = 0, bits: tuple[int, int] = (4, 2)
+) -> Method:
+    """A prefill and a cache; `tau` is the cache's own share."""
+    return replace(method, cache=Cache(*bits, tau and Rule(tau=tau), first))
 
 
 TAUS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
@@ -115,6 +117,12 @@ TOGETHER: dict[str, Method] = {
         }.items()
         for tau in (None, 0.975, 0.99)
         for first in (0, 4)
+    },
+    **{
+        f"both-outside0.975/{tau or 'own'}-first-4-{name}": both(
+            sparse(outside=True), tau, 4, CACHES[name]
+        )
+        for tau, name in ((None, "8/4"), (0.9, "8/4"), (None, "4"))
     },
 }
 """Prefill and cache."""
