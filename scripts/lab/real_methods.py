@@ -88,7 +88,7 @@ PREFILLS: dict[str, Method] = {
 DENSE: dict[str, Method] = {
     **{
         f"cache-{name}-tau{tau}": dense(*bits, tau)
-        for tau in (0.975, 0.9)
+        for tau in (0.99, 0.975, 0.9)
         for name, bits in CACHES.items()
         if bits[0] != bits[1]
     },
