@@ -30,7 +30,7 @@ def test_defaults_without_an_entry():
         ("seed", "7", "a whole number of at least 0"),
         ("sparse_prefill", 1, "true or false"),
         ("compress", "yes", "true or false"),
-        ("prefill_kernel", "fa3", "one of ('auto', 'flash_attn', 'xformers', 'sdpa', 'triton')"),
+        ("prefill_kernel", "fa3", "one of ('auto', 'flash_attn', 'triton')"),
         ("prefix_sharing", "off", "one of ('approximate', 'exact')"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "scripts" / "bench"
 
 
 def test_importing_the_package_does_nothing():
@@ -20,6 +21,30 @@ def test_importing_the_package_does_nothing():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "['vllm_zipvl']"
+
+
+WITHOUT_VLLM = [
+    "vllm_zipvl.plan",
+    "vllm_zipvl.rules",
+    "vllm_zipvl.backend.prompts",
+    "vllm_zipvl.backend.runs",
+    "vllm_zipvl.backend.tail",
+    "vllm_zipvl.backend.worker",
+    "vllm_zipvl.cache.heap",
+    "vllm_zipvl.cache.compression",
+]
+BENCHMARKS_WITHOUT_VLLM = ["attention", "attention_gpu", "whole_model"]
+
+
+@pytest.mark.parametrize("names", [WITHOUT_VLLM, BENCHMARKS_WITHOUT_VLLM], ids=lambda n: n[0])
+def test_what_needs_no_vllm_imports_none(names):
+    program = (
+        f"import sys; from importlib import import_module; sys.path.append({str(BENCH)!r}); "
+        f"[import_module(name) for name in {names}]; "
+        "print([m for m in sys.modules if m.split('.')[0] == 'vllm'])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
 
 
 def test_the_entry_point_is_installed():

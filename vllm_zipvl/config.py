@@ -8,7 +8,7 @@ from typing import Any
 HIGH_BITS = (16, 8, 4)
 LOW_BITS = (16, 8, 4, 2, 0)
 PREFIX_SHARING = ("approximate", "exact")
-PREFILL_KERNELS = ("auto", "flash_attn", "xformers", "sdpa", "triton")
+PREFILL_KERNELS = ("auto", "flash_attn", "triton")
 KEY = "zipvl"
 
 
@@ -38,7 +38,7 @@ class ZipVLConfig:
         prefix_sharing: "approximate" lets other requests reuse blocks computed by sparse
             prefill; "exact" keeps such blocks out of the prefix cache.
         prefill_kernel: What computes prefill attention; "auto" is the first that runs of
-            flash_attn, xformers and triton, and on a CPU vLLM's own kernel.
+            flash_attn and triton, and on a CPU the kernels of vLLM and torch.
 
     Raises:
         ValueError: A value is of the wrong type, out of range or inconsistent. The message

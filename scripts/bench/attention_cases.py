@@ -11,8 +11,6 @@ import torch
 
 from vllm_zipvl.backend.prompts import PromptBatch, PromptSelector
 from vllm_zipvl.cache.heap import HeapTables, Moves, PageHeap
-from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 from vllm_zipvl.core.sequences import Sequences
@@ -21,8 +19,9 @@ from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_at
 from vllm_zipvl.ops.decode_attention import reference as decode_reference
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.prefill_attention import prefill_attention, sparse_prefill_attention
-from vllm_zipvl.ops.prefill_attention import reference as prefill_reference
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
+from vllm_zipvl.plan import ChunkPlan
+from vllm_zipvl.rules import CacheRules
 
 DTYPE = torch.bfloat16
 RESIDUAL = 32
@@ -86,9 +85,18 @@ def _prompt(
 
 def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """What the backend asks of one layer of a prompt in one chunk, float32 [num_tokens]."""
-    _, batch = _prompt(layer, len(query), 1.0, query.device)
+    selector, batch = _prompt(layer, len(query), 1.0, query.device)
     queries, contexts = query[batch.probe_places], batch.rows.contexts
-    return probe_scores(queries, batch.probes, key, contexts, layer.scale).sum(0)
+    near = selector.config.window, selector.config.sinks
+    return probe_scores(queries, batch.probes, key, contexts, layer.scale, *near).sum((0, 1))
+
+
+def prefill_kept(layer: Layer, query: torch.Tensor, key: torch.Tensor, ratio: float) -> float:
+    """Share of the tokens that `sparse_prefill` keeps."""
+    selector, batch = _prompt(layer, len(query), ratio, query.device)
+    kept = selector.select(0, batch, query, key, layer.scale)
+    assert kept is not None
+    return float(kept.float().mean())
 
 
 def sparse_prefill(
@@ -105,18 +113,20 @@ def sparse_prefill(
     selector, batch = _prompt(layer, len(query), ratio, query.device)
     kept = selector.select(0, batch, query, key, layer.scale)
     assert kept is not None
-    return sparse_prefill_attention(query, key, value, kept, layer.scale, chunks=batch.rows)
+    near = selector.config.window, selector.config.sinks
+    return sparse_prefill_attention(query, key, value, kept, layer.scale, *near, chunks=batch.rows)
 
 
 def moves_of(
     slot: int, block_ids: torch.Tensor, num_tokens: int, heap_block_ids: list[int]
 ) -> Moves:
-    """A prompt's first tokens into a slot's pages."""
+    """A prompt's first tokens into a slot's pages, without a dense head."""
     device = block_ids.device
     return Moves(
         slots=to_device([slot], device),
         block_table=block_ids[None],
         contexts=Sequences([num_tokens], device),
+        ends=to_device([num_tokens], device, torch.int32),
         heap_block_ids=[heap_block_ids],
         first_pages=to_device([0], device),
         is_first=[True],
@@ -127,7 +137,7 @@ def check_prefill(layer: Layer) -> None:
     num_tokens = 300
     query = randn(100, layer.num_heads, layer.head_size)
     key, value = randn(2, num_tokens, layer.num_kv_heads, layer.head_size)
-    expected = prefill_reference.prefill_attention(query, key, value, layer.scale)
+    expected = prefill_attention(query, key, value, layer.scale, "reference")
     agree("prefill attention", prefill_attention(query, key, value, layer.scale), expected)
     num_blocks = cdiv(num_tokens, layer.block_size)
     cache = randn(num_blocks, layer.num_kv_heads, layer.block_size, 2 * layer.head_size)
@@ -138,7 +148,7 @@ def check_prefill(layer: Layer) -> None:
     positions = torch.tensor([250, 299])
     is_random = torch.tensor([True, False])
     probes = ProbePlaces(positions, is_random, Sequences([2], cache.device))
-    mass = probe_scores(query[:2], probes, key, contexts, layer.scale).sum(0)
+    mass = probe_scores(query[:2], probes, key, contexts, layer.scale, 0, 0).sum((0, 1))
     keys = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).double()
     scores = torch.einsum("ihd,jhd->ihj", query[:2].double(), keys * layer.scale)
     hidden = torch.arange(num_tokens) > positions[:, None, None]
@@ -174,7 +184,8 @@ def decode_case(
     )  # fmt: skip
     every = torch.arange(num_rows, dtype=torch.int32)
     ends = torch.full((num_rows,), end, dtype=torch.int32)
-    return context, DecodeRows(every, every, ends, torch.full_like(ends, num_tokens))
+    no_head, lens = torch.zeros_like(ends), torch.full_like(ends, num_tokens)
+    return context, DecodeRows(every, every, no_head, ends, lens)
 
 
 def check_decode(layer: Layer, bits: tuple[int, int], kept: float) -> None:

@@ -17,6 +17,7 @@ from attention_cases import (
     check_decode,
     check_prefill,
     decode_case,
+    prefill_kept,
     randn,
     sparse_prefill,
 )
@@ -25,7 +26,6 @@ from stock_attention import BLOCK_SIZE, StockAttention
 
 from vllm_zipvl.cache.compression import compress, moves_of_plans
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
-from vllm_zipvl.cache.messages import CompressionPlan
 from vllm_zipvl.core.geometry import cdiv, num_compressible
 from vllm_zipvl.core.quantization import key_norm
 from vllm_zipvl.core.sequences import Sequences
@@ -33,6 +33,7 @@ from vllm_zipvl.ops.decode_attention import decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv
 from vllm_zipvl.ops.page_codec import read_pages
 from vllm_zipvl.ops.page_codec import reference as codec_reference
+from vllm_zipvl.plan import CompressionPlan
 
 LAYER = Layer(num_heads=32, num_kv_heads=8, head_size=128, block_size=BLOCK_SIZE)
 NUM_LAYERS = 32
@@ -74,7 +75,7 @@ def prefill_row(num_tokens: int, repeats: int) -> dict[str, Any]:
     def sparse() -> torch.Tensor:
         return sparse_prefill(LAYER, query, key, value, cache, slots, PREFILL_KEPT)
 
-    kept = float(sparse().any(dim=-1).any(dim=-1).float().mean())
+    kept = prefill_kept(LAYER, query, key, PREFILL_KEPT)
     baseline, seconds = in_turns(repeats, dense, sparse)
     shape = {"tokens": num_tokens, "heads": LAYER.heads}
     return row("prefill", shape, "sparse", seconds, BASELINE, baseline, kept=kept)
@@ -127,9 +128,11 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
         end=end,
         context_len=num_tokens,
         is_prompt=True,
+        head_block_ids=[],
         dense_block_ids=list(range(len(kv_cache))),
         heap_block_ids=list(range(num_blocks)),
         first_page=0,
+        is_first=True,
     )
 
     def run() -> None:

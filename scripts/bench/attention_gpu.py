@@ -18,6 +18,7 @@ from attention_cases import (
     check_prefill,
     decode_case,
     moves_of,
+    prefill_kept,
     probe_mass,
     randn,
     sparse_prefill,
@@ -98,7 +99,7 @@ def prefill_row(name: str, layer: Layer, num_tokens: int, is_dry: bool) -> dict[
     def sparse() -> torch.Tensor:
         return sparse_prefill(layer, query, key, value, cache, slots, PREFILL_KEPT)
 
-    kept = float(sparse().any(dim=-1).any(dim=-1).float().mean())
+    kept = prefill_kept(layer, query, key, PREFILL_KEPT)
     seconds = milliseconds(sparse, is_dry) * MILLISECOND
     probes = milliseconds(lambda: probe_mass(layer, query, key), is_dry)
     shape = {"model": name, "tokens": num_tokens, "heads": layer.heads}

@@ -32,24 +32,26 @@ def _attend_like_flash(
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    return_softmax_lse: bool = False,
     **others: Any,
-) -> torch.Tensor:
+) -> Any:
     assert causal and set(others) <= {
         "max_seqlen_q", "max_seqlen_k", "q_descale", "k_descale", "v_descale",
     }  # fmt: skip
     q, k, v = (x.to(DTYPE) for x in (q, k, v))
-    out, starts = torch.empty_like(q), cu_seqlens_q.tolist()
+    out, lse, starts = torch.empty_like(q), torch.empty(q.shape[:2]), cu_seqlens_q.tolist()
     for i, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if block_table is not None and seqused_k is not None:
             keys, values = (x[block_table[i].long()].flatten(0, 1)[: seqused_k[i]] for x in (k, v))
         else:
             assert cu_seqlens_k is not None
             keys, values = (x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]] for x in (k, v))
-        out[first:end] = reference.prefill_attention(q[first:end], keys, values, softmax_scale)
-    return out
+        own = q[first:end], keys, values
+        out[first:end], lse[first:end] = reference.attend_one(*own, softmax_scale)
+    return (out, lse.t().contiguous()) if return_softmax_lse else out
 
 
-PRETENDED_FLASH = VarlenAttention(_attend_like_flash, 3)
+PRETENDED_FLASH = VarlenAttention(_attend_like_flash, 3, "return_softmax_lse")
 """Stands in for FlashAttention 3 in a dry run."""
 
 

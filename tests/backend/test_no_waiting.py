@@ -19,12 +19,14 @@ from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache import heap as heap_module
 from vllm_zipvl.cache.heap import HeapTables, PageHeap
-from vllm_zipvl.cache.messages import ChunkPlan, CompressionPlan, StepPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.transfer import to_device
+from vllm_zipvl.ops.near_attention import api as near_api
+from vllm_zipvl.ops.near_attention import triton as near_triton
 from vllm_zipvl.ops.prefill_attention import flash_attn, sparse_prefill_attention
+from vllm_zipvl.plan import ChunkPlan, CompressionPlan, StepPlan
+from vllm_zipvl.rules import CacheRules
 
 META = torch.device("meta")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 2, 4, 2, 32, 16
@@ -83,16 +85,30 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
-def varlen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.empty_like(query)
+def varlen(query: torch.Tensor, *args: Any, wants_lse: bool = False, **kwargs: Any) -> Any:
+    out = torch.empty_like(query)
+    return (out, out.new_empty(query.shape[1::-1]).float()) if wants_lse else out
+
+
+class Unlaunched:
+    """A Triton kernel on tensors without values."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Unlaunched":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """In the place of kernels, what leaves no trace but that it was called."""
     written: list[torch.Tensor] = []
-    monkeypatch.setattr(flash_attn, "find_varlen", lambda: flash_attn.VarlenAttention(varlen, 3))
+    found = flash_attn.VarlenAttention(varlen, 3, "wants_lse")
+    monkeypatch.setattr(flash_attn, "find_varlen", lambda: found)
     monkeypatch.setattr(flash_attn, "why_not", lambda *what: None)
+    monkeypatch.setattr(near_triton, "_attend_near", Unlaunched())
+    monkeypatch.setattr(near_api, "triton_module", lambda *what: near_triton)
     monkeypatch.setattr(heap_module, "write_tokens", lambda *args: written.append(args[3]))
     return written
 
@@ -107,12 +123,12 @@ def test_a_step_with_prompts_decodes_and_compressions(
     chunks = [
         ChunkPlan("a", 0, 1, 0, 100, True, False),
         ChunkPlan("b", 1, 2, 96, 200, True, False),
-        ChunkPlan("c", 2, 3, 0, 50, True, False),
+        ChunkPlan("c", 2, 3, 0, 70, True, False),
     ]
     plan = StepPlan([0, 1, 2], {1: 0, 2: 1, 3: 2, 4: 3}, chunks)
     worker.begin_step(plan)
     worker.note_rows(["d", "a", "b", "c"])
-    lengths = [1, 100, 104, 50]
+    lengths = [1, 100, 104, 70]
     metadata = ZipVLMetadata(
         query_starts=np.cumsum([0, *lengths], dtype=np.int32),
         seq_lens=torch.empty(4, dtype=torch.int32, device=META),
@@ -130,17 +146,23 @@ def test_a_step_with_prompts_decodes_and_compressions(
         for layer in range(NUM_LAYERS):
             kept = worker.prompts.select(layer, rows.batch, query, key, SCALE)
             if kept is not None:
-                sparse_prefill_attention(query, key, key, kept, SCALE, "flash_attn", chunks_of_kind)
+                sparse_prefill_attention(
+                    query, key, key, kept, SCALE, 64, 4, "flash_attn", chunks_of_kind
+                )
     worker.compress_planned()
     worker.end_step()
 
-    ends = {0: (96, 100), 1: (192, 200), 2: (48, 50)}
+    ends = {0: (96, 100), 1: (192, 200), 2: (48, 70)}
     blocks = list(range(16))
     plans = [
-        CompressionPlan(slot, "r", slot, 0, end, context_len, True, blocks, [5, 6, 7], 0)
+        CompressionPlan(
+            slot, "r", slot, 16, end, context_len, True, [15], blocks, [5, 6, 7], 0, True
+        )
         for slot, (end, context_len) in ends.items()
     ]
-    plans.append(CompressionPlan(3, "d", 3, 64, 192, 200, False, list(range(8, 16)), [10], 4))
+    plans.append(
+        CompressionPlan(3, "d", 3, 64, 192, 200, False, [], list(range(8, 16)), [10], 4, False)
+    )
     worker.begin_step(StepPlan(compressions=plans))
     worker.compress_planned()
     prompts, tail = kernels

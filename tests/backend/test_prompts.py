@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from vllm_zipvl.backend.prompts import PromptSelector
-from vllm_zipvl.cache.messages import ChunkPlan
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry
 from vllm_zipvl.core.sequences import Sequences
+from vllm_zipvl.plan import ChunkPlan
+from vllm_zipvl.rules import CacheRules
 
 NUM_TOKENS, NUM_LAYERS, SLOT = 1000, 2, 3
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 32

@@ -31,17 +31,19 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_zipvl import compat
+from vllm_zipvl.backend.messages import PlanMessage, ReportMessage
 from vllm_zipvl.backend.planner import num_computed_tokens
 from vllm_zipvl.cache.manager import HeapState, ZipVLManager
-from vllm_zipvl.cache.messages import (
+from vllm_zipvl.cache.registration import register_manager
+from vllm_zipvl.cache.spec import ZipVLSpec
+from vllm_zipvl.plan import (
     ChunkPlan,
     CompressionPlan,
     CompressionReport,
     StepPlan,
     StepReport,
 )
-from vllm_zipvl.cache.registration import register_manager
-from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec
+from vllm_zipvl.rules import CacheRules
 
 NUM_LAYERS = 3
 MAX_MODEL_LEN = 208
@@ -245,8 +247,9 @@ class PretendWorker:
         self._random = random.Random(seed)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
-        plan = scheduler_output.kv_connector_metadata
-        assert isinstance(plan, StepPlan)
+        message = scheduler_output.kv_connector_metadata
+        assert isinstance(message, PlanMessage)
+        plan = message.plan
         self._update_requests(scheduler_output)
         rows = self._begin_step(plan, scheduler_output)
         for row in rows:
@@ -259,13 +262,13 @@ class PretendWorker:
             is_last = row.end == len(sequence.tokens)
             assert row.chunk is None or row.chunk.ends_prompt == is_last
             sampled.append([sequence.sample(self._stop_every)] if is_last else [])
-        reports = {c.plan_id: self._compress(c) for c in plan.compressions}
+        report = StepReport({c.plan_id: self._compress(c) for c in plan.compressions})
         req_ids = [row.request_id for row in rows]
         return ModelRunnerOutput(
             req_ids=req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
             sampled_token_ids=sampled,
-            kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=StepReport(reports)),
+            kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=ReportMessage(report)),
         )
 
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -327,7 +330,8 @@ class PretendWorker:
         chunk = row.chunk
         is_sparse = chunk and config.sparse_prefill and row.end >= config.min_tokens
         first = self.slots[row.slot].compressed_len // self.memory.block_size
-        context = self.requests[row.request_id].block_ids[first : _cdiv(row.start, self.block_size)]
+        blocks = self.requests[row.request_id].block_ids
+        context = self._dense(blocks, first, _cdiv(row.start, self.block_size))
         return (
             (is_sparse and not chunk.attends_densely)
             or first > 0
@@ -338,10 +342,16 @@ class PretendWorker:
     def block_size(self) -> int:
         return self.memory.block_size
 
+    def _dense(self, blocks: Any, first: int, last: int) -> list[Any]:
+        """Of a request's first `last` blocks those that pages do not stand for."""
+        head = self.rules.head_len // self.block_size
+        return [*blocks[: min(head, first)], *blocks[first:last]]
+
     def _read_row(self, row: Row) -> None:
         """Attention: pages for what is compressed, dense blocks for the rest."""
         sequence, slot = self.requests[row.request_id], self.slots[row.slot]
-        for index in range(slot.compressed_len // self.block_size, _cdiv(row.end, self.block_size)):
+        last = _cdiv(row.end, self.block_size)
+        for index in self._dense(range(last), slot.compressed_len // self.block_size, last):
             first = index * self.block_size
             expected = sequence.identities[first : min(row.end, first + self.block_size)]
             found = self.memory.read_dense(sequence.block_ids[index])[: len(expected)]
@@ -353,7 +363,9 @@ class PretendWorker:
 
     def _compress(self, plan: CompressionPlan) -> CompressionReport:
         slot, geometry = self.slots[plan.slot], self.rules.geometry
-        assert (slot.owner, slot.compressed_len) == (plan.request_id, plan.start)
+        assert slot.owner == plan.request_id
+        assert plan.start == max(slot.compressed_len, self.rules.head_len)
+        assert plan.is_first == (slot.compressed_len == 0)
         assert slot.num_pages == plan.first_page
         assert plan.start % self.block_size == plan.end % self.block_size == 0
         assert plan.start < plan.end <= plan.context_len
@@ -454,8 +466,8 @@ class PretendEngine:
         self.seen: Counter[str] = Counter()
         self.num_idle_steps = 0
         self._hasher = get_request_block_hasher(case.block_size, sha256)
-        self._late_reports: deque[StepReport] = deque(
-            StepReport({}) for _ in range(case.report_lag)
+        self._late_reports: deque[ReportMessage] = deque(
+            ReportMessage(StepReport({})) for _ in range(case.report_lag)
         )
         self._num_requests = 0
         self._planned: dict[int, Planned] = {}
@@ -549,7 +561,7 @@ class PretendEngine:
         """The scheduler takes over the oldest output."""
         scheduler_output, output = self.in_flight.popleft()
         self.scheduler.update_from_output(scheduler_output, output)
-        for plan_id in output.kv_connector_output.kv_connector_worker_meta.compressions:
+        for plan_id in output.kv_connector_output.kv_connector_worker_meta.report.compressions:
             planned = self._planned.pop(plan_id)
             if self._is_live(planned):
                 self._confirmed[id(planned.state)] = planned
@@ -571,7 +583,7 @@ class PretendEngine:
         self._check_is_whole()
 
     def _note_schedule(self, scheduler_output: SchedulerOutput, before: set[str]) -> None:
-        plan = scheduler_output.kv_connector_metadata
+        plan = scheduler_output.kv_connector_metadata.plan
         for compression in plan.compressions:
             state = self.manager.heaps[compression.request_id]
             assert state.pending is compression
@@ -648,10 +660,10 @@ class PretendEngine:
         confirmed = self._confirmed.get(id(state))
         assert state.compressed_len == (confirmed.plan.end if confirmed else 0)
         blocks = manager.req_to_blocks[request_id]
-        num_freed = sum(block.is_null for block in blocks)
-        assert all(block.is_null for block in blocks[:num_freed])
-        # What a report confirmed is free at once: others may be waiting for it.
-        assert num_freed == state.compressed_len // manager.block_size
+        # What a report confirmed is free at once: others may be waiting for it. The head stays.
+        first, last = manager.rules.head_len, state.compressed_len
+        expected = [first <= i * manager.block_size < last for i in range(len(blocks))]
+        assert [block.is_null for block in blocks] == expected
         num_used = geometry.num_blocks(state.num_pages)
         if state.prompt_is_compressed and state.pending is None:
             assert len(state.blocks) == num_used

@@ -23,7 +23,7 @@ def expected(model):
 
 
 def test_two_ranks(model, expected, monkeypatch):
-    """Ranks that compressed differently would stop the engine: see `StepReport.aggregate`."""
+    """Ranks that compressed differently would stop the engine: see `StepReport.check_same`."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     ranks = {"processes": "workers", "tensor_parallel_size": 2}
     with zipvl_engine(model, LOSSY, **ranks, **COMMON) as llm, compressing(llm):

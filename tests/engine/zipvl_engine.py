@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from vllm_zipvl.backend.worker import ZipVLWorker
-    from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
+    from vllm_zipvl.plan import CompressionPlan, CompressionReport
 
 KEEP_ALL = {"tau": 1.0, "high_bits": 16, "low_bits": 16, "interval": 32}
 LOSSY = {"ratio": 0.4, "min_tokens": 128, "interval": 32, "residual": 16}

@@ -114,22 +114,26 @@ def test_probe_scores(compiled, tmp_path) -> None:
 
     queries, keys = torch.zeros(128, 28, 128), torch.zeros(256, 4, 256)[..., :128]
     places = ProbePlaces(torch.arange(128), torch.arange(128) < 64, one(128))
-    probe_scores(queries.bfloat16(), places, keys.bfloat16(), one(256), 0.1)
+    probe_scores(queries.bfloat16(), places, keys.bfloat16(), one(256), 0.1, 64, 4)
     check(compiled, 2, tmp_path)
 
 
 @pytest.mark.parametrize("head_size", [128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_prefill_attention(compiled, dtype, head_size, tmp_path) -> None:
-    from vllm_zipvl.ops.prefill_attention.triton import attend_chunks
+    from vllm_zipvl.ops.near_attention.triton import near_attention
+    from vllm_zipvl.ops.prefill_attention.triton import attend_among_kept, prefill_attention
 
     query, kv = (torch.zeros(256, heads, head_size, dtype=dtype) for heads in (28, 4))
-    chunks = Chunks([200, 56], [200, 56], CPU)
-    for kept in (None, torch.ones(256, dtype=torch.bool)):
-        attend_chunks(query, kv, kv, chunks, kept, 0.1)
-    check(compiled, 2, tmp_path)
+    chunks, kept = Chunks([200, 56], [200, 56], CPU), torch.ones(256, dtype=torch.bool)
+    prefill_attention(query, kv, kv, chunks, 0.1)
+    among_kept = attend_among_kept(query, kv, kv, kept, chunks, 0.1)
+    near_attention(query, kv, kv, kept, among_kept, chunks, 0.1, 64, 4)
+    check(compiled, 3, tmp_path)
     if dtype is torch.bfloat16:
-        assert "wgmma" in compiled[0].asm["ptx"] or "mma.sync" in compiled[0].asm["ptx"]
+        assert all(
+            "wgmma" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"] for kernel in compiled
+        )
 
 
 def test_dense_blocks(compiled, tmp_path) -> None:
@@ -182,8 +186,9 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
     """So that nothing is compiled while requests wait but what start-up has compiled."""
     from vllm_zipvl.ops.decode_attention.triton import decode_attention
     from vllm_zipvl.ops.dense_blocks.triton import gather_kv
+    from vllm_zipvl.ops.near_attention.triton import near_attention
     from vllm_zipvl.ops.page_codec.triton import write_tokens
-    from vllm_zipvl.ops.prefill_attention.triton import attend_chunks
+    from vllm_zipvl.ops.prefill_attention.triton import attend_among_kept, prefill_attention
     from vllm_zipvl.ops.probe_scores.triton import probe_scores
     from vllm_zipvl.ops.tail_scores.triton import tail_scores
 
@@ -202,8 +207,11 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
         for blocks in (table, rows):
             gather_kv(caches[0], blocks, sequences)
         places = ProbePlaces(sequences.positions, sequences.positions < 3, sequences)
-        probe_scores(query, places, kv, sequences, 0.1)
-        attend_chunks(query, kv, kv, Chunks(lengths, lengths, CPU), None, 0.1)
+        probe_scores(query, places, kv, sequences, 0.1, 64, 4)
+        chunks, kept = Chunks(lengths, lengths, CPU), torch.ones(num_tokens, dtype=torch.bool)
+        prefill_attention(query, kv, kv, chunks, 0.1)
+        among_kept = attend_among_kept(query, kv, kv, kept, chunks, 0.1)
+        near_attention(query, kv, kv, kept, among_kept, chunks, 0.1, 64, 4)
         queries, lse = torch.zeros(2, num_rows, 28, 128).bfloat16(), torch.zeros(2, num_rows, 28)
         tail_scores(queries, lse, caches, table, sequences, 0.1)
         slots, before = torch.arange(num_rows), torch.zeros(2, num_rows, 2).int()
@@ -225,7 +233,7 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
                 decode_attention(query, context, case.rows, 0.1, torch.empty_like(query))
     names = Counter(name for name, _ in {(k.metadata.name, k.hash) for k in compiled})
     assert names.pop("_encode") == 2, "one of each precision"
-    assert names.pop("_attend") == 2, "one of prefill, one of decode"
+    assert names.pop("_attend") == 3, "two of prefill, one of decode"
     assert set(names.values()) == {1}, names
 
 

@@ -151,17 +151,16 @@ def test_any_precision_has_a_codec(bits: int) -> None:
     assert_same(heap, expected, 255)
 
 
-@pytest.mark.parametrize("bits", [(4, 2), (8, 4), (16, 2), (4, 0), (16, 16)], ids=str)
-def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, int]) -> None:
+def check_tokens_of_all_layers(bits: tuple[int, int], num_heads: int, head_size: int) -> None:
     """Of several requests; twice, so that the second lot begins in partly full pages."""
     num_layers, num_blocks, block_size, num_slots = 3, 12, 16, 4
-    geometry = PageGeometry(num_layers, 3, 64, 2, block_size, *bits)
-    kv = torch.randn(num_blocks, num_layers, 3, block_size, 128).bfloat16()
+    geometry = PageGeometry(num_layers, num_heads, head_size, 2, block_size, *bits)
+    kv = torch.randn(num_blocks, num_layers, num_heads, block_size, 2 * head_size).bfloat16()
     caches = list(kv.unbind(1))
     heap, expected = make_heap(geometry, 500), make_heap(geometry, 500)
     pages = torch.randperm(500, dtype=torch.int32)[:480].view(num_layers, num_slots, 40)
     before = torch.zeros(num_layers, num_slots, 2, dtype=torch.int32)
-    norms = torch.full((num_layers, num_slots, 2, 3, 64), torch.nan).half()
+    norms = torch.full((num_layers, num_slots, 2, num_heads, head_size), torch.nan).half()
     rounds = (
         {2: ([7, 2, 5], True), 0: ([4], True)},
         {3: ([1, 9], True), 2: ([8, 0], False), 0: ([11, 3, 6], False)},
@@ -180,7 +179,7 @@ def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, in
             for layer, mask in enumerate(mine):
                 tokens = caches[layer][block_ids[row]].transpose(1, 2).flatten(0, 1)
                 if is_first[row]:
-                    keys = tokens[..., :64].float()
+                    keys = tokens[..., :head_size].float()
                     exact = torch.stack([keys.mean(0), keys.std(0, correction=0)])
                     assert torch.allclose(norms[layer, slot].float(), exact, atol=2e-3)
                 norm = KeyNorm(*norms[layer, slot])
@@ -200,6 +199,11 @@ def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, in
     assert not torch.equal(heap, make_heap(geometry, 500))
     # Nobody's statistics are as they were.
     assert norms[:, 1].isnan().all() and not norms[:, [0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (8, 4), (16, 2), (4, 0), (16, 16)], ids=str)
+def test_tokens_of_all_layers_are_what_is_written_one_by_one(bits: tuple[int, int]) -> None:
+    check_tokens_of_all_layers(bits, 3, 64)
 
 
 @pytest.mark.parametrize("codec", [own, reference], ids=name_of)

@@ -12,14 +12,20 @@ NUM_LAYERS, BLOCK_SIZE = 3, 16
 @pytest.mark.parametrize("heads", [(28, 4), (3, 3)], ids=str)
 @pytest.mark.parametrize("head_size", [64, 80])
 def test_scores_match_fp64(head_size: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    check_scores(head_size, heads, dtype, (100, 1, 32, 17))
+
+
+def check_scores(
+    head_size: int, heads: tuple[int, int], dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
     """Tails of several lengths, in blocks of all layers side by side, some of them NaN."""
     seed(sum(heads) + head_size)
-    lengths, (num_heads, num_kv_heads) = (100, 1, 32, 17), heads
+    num_heads, num_kv_heads = heads
     blocks = torch.full(
         (40, NUM_LAYERS, num_kv_heads, BLOCK_SIZE, 2 * head_size), torch.nan, dtype=dtype
     )
     kv_caches = list(blocks.unbind(1))
-    table = torch.randperm(40)[: 4 * 8].view(4, 8)
+    table = torch.randperm(40)[: 4 * 9].view(4, 9)
     scale, queries = head_size**-0.5, torch.randn(NUM_LAYERS, 4, num_heads, head_size).to(dtype)
     lse = torch.rand(NUM_LAYERS, 4, num_heads) * 5
     expected, rounded = [], []

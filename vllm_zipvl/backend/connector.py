@@ -30,12 +30,12 @@ from vllm.v1.attention.backend import AttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
+from vllm_zipvl.backend.messages import PlanMessage, ReportMessage
 from vllm_zipvl.backend.metrics import ZipVLPromMetrics, ZipVLStats
 from vllm_zipvl.backend.planner import StepPlanner
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.manager import ZipVLManager
-from vllm_zipvl.cache.messages import StepPlan, StepReport
-from vllm_zipvl.cache.spec import CacheRules, ZipVLSpec, make_tables, max_gathered_tokens
+from vllm_zipvl.cache.spec import ZipVLSpec, make_tables, max_gathered_tokens, rules_of
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -72,7 +72,7 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
             (group,) = kv_cache_config.kv_cache_groups
             spec = group.kv_cache_spec
             assert isinstance(spec, ZipVLSpec)
-            rules, max_tokens = CacheRules.of(spec, vllm_config), max_gathered_tokens(vllm_config)
+            rules, max_tokens = rules_of(spec, vllm_config), max_gathered_tokens(vllm_config)
             self.worker = ZipVLWorker(rules, _sum_over_ranks, max_tokens)
 
     @property
@@ -99,8 +99,8 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        assert self.worker is not None and isinstance(connector_metadata, StepPlan)
-        self.worker.begin_step(connector_metadata)
+        assert self.worker is not None and isinstance(connector_metadata, PlanMessage)
+        self.worker.begin_step(connector_metadata.plan)
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()
@@ -132,7 +132,7 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         assert self.worker is not None
         report = self.worker.take_report()
-        return report if report.compressions else None
+        return ReportMessage(report) if report.compressions else None
 
     # Scheduler side.
 
@@ -140,7 +140,7 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, ZipVLManager)
-        manager.bind(CacheRules.of(manager.kv_cache_spec, self._vllm_config))
+        manager.bind(rules_of(manager.kv_cache_spec, self._vllm_config))
         self.planner = StepPlanner(manager)
 
     def get_num_new_matched_tokens(
@@ -160,13 +160,13 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
         # Where layers ask whose rows are prompts, `start_load_kv` comes before the forward pass.
         has_prompts = any(not chunk.is_single_token for chunk in plan.chunks)
         scheduler_output.has_sync_kv_loads = has_prompts
-        return plan
+        return PlanMessage(plan)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self.planner is not None
-        report = connector_output.kv_connector_worker_meta
-        if isinstance(report, StepReport):
-            self.planner.confirm(report)
+        message = connector_output.kv_connector_worker_meta
+        if isinstance(message, ReportMessage):
+            self.planner.confirm(message.report)
 
     def has_pending_block_frees(self) -> bool:
         assert self.planner is not None

@@ -15,7 +15,7 @@ from vllm_zipvl.backend.requirements import check_layer, check_same_scale
 from vllm_zipvl.backend.tail import TailProbes
 from vllm_zipvl.backend.worker import ZipVLWorker
 from vllm_zipvl.cache.heap import HeapTables
-from vllm_zipvl.cache.spec import CacheRules, make_tables, max_gathered_tokens
+from vllm_zipvl.cache.spec import make_tables, max_gathered_tokens, rules_of_layers
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PAGE_TOKENS
 from vllm_zipvl.ops.decode_attention import decode_attention, workspace_bytes
@@ -112,7 +112,7 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         """What all layers share."""
         # The tables do not depend on the size of a block, which may not be known yet.
         shape = (self.num_kv_heads, self.head_size, PAGE_TOKENS)
-        rules = CacheRules.of_layers(vllm_config, *shape, dtype)
+        rules = rules_of_layers(vllm_config, *shape, dtype)
         if vllm_config.model_config.original_max_model_len != AUTO_LENGTH:
             self.tables = make_tables(rules, vllm_config, device)
         if config.compress:
@@ -183,11 +183,11 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         """Hold for a moment what a step may take, so that memory profiling sees it.
 
         Of prompts, keys and values of their contexts, gathered from blocks, and the kept ones of
-        them; queries in the same order and three states of the output. Then, of decode rows, what
+        them; queries in the same order and two states of the output. Then, of decode rows, what
         their kernel works in.
         """
         contexts = 2 * 2 * self.gathered_tokens * self.num_kv_heads * self.head_size
-        prompt_bytes = (contexts + 4 * query.numel()) * query.element_size()
+        prompt_bytes = (contexts + 3 * query.numel()) * query.element_size()
         query.new_empty(max(prompt_bytes, self.decode_bytes), dtype=torch.uint8)
 
     def _attend_prompts(
@@ -213,7 +213,8 @@ class ZipVLAttentionImpl(AttentionImpl[ZipVLMetadata]):
         if kept is None:
             out[tokens] = prefill_attention(q, k, v, self.scale, kernel, chunks)
         else:
-            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, kernel, chunks)
+            near = worker.config.window, worker.config.sinks
+            out[tokens] = sparse_prefill_attention(q, k, v, kept, self.scale, *near, kernel, chunks)
 
     def _attend_decodes(
         self,

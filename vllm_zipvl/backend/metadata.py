@@ -16,9 +16,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_zipvl.backend.prompts import PromptBatch
 from vllm_zipvl.backend.worker import ZipVLWorker
-from vllm_zipvl.cache.messages import ChunkPlan
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.decode_attention import DecodeRows
+from vllm_zipvl.plan import ChunkPlan
 
 
 class PromptRows(NamedTuple):
@@ -131,10 +131,12 @@ def _rows(
 ) -> DecodeRows:
     """Rows that are nobody's attend to nothing."""
     assert worker.heap is not None
+    tail_starts = worker.heap.tables.compressed_lens[slots]
     return DecodeRows(
         slots=slots,
         rows=rows,
-        tail_starts=worker.heap.tables.compressed_lens[slots],
+        head_lens=tail_starts.clamp(max=worker.rules.head_len),
+        tail_starts=tail_starts,
         context_lens=torch.where(slots != worker.nobody, context_lens, 0),
     )
 

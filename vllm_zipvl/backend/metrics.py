@@ -8,7 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from vllm_zipvl.cache.messages import CompressionPlan, CompressionReport
+from vllm_zipvl.plan import CompressionPlan, CompressionReport
 
 
 class ZipVLStats(KVConnectorStats):

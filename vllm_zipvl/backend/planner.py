@@ -7,7 +7,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_zipvl.backend.metrics import ZipVLStats
 from vllm_zipvl.cache.manager import ZipVLManager
-from vllm_zipvl.cache.messages import ChunkPlan, StepPlan, StepReport
+from vllm_zipvl.plan import ChunkPlan, StepPlan, StepReport
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -5,7 +5,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_zipvl.backend.requirements import check_supported
-from vllm_zipvl.cache.spec import CacheRules
+from vllm_zipvl.cache.spec import rules_of_layers
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED
 from vllm_zipvl.ops.prefill_attention import find_kernel
@@ -45,13 +45,14 @@ def describe(vllm_config: VllmConfig, config: ZipVLConfig) -> str:
     model = vllm_config.model_config
     num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
     block_size = vllm_config.cache_config.block_size
-    rules = CacheRules.of_layers(
+    rules = rules_of_layers(
         vllm_config, num_kv_heads, model.get_head_size(), block_size, model.dtype
     )
     geometry = rules.geometry
     rule = f"ratio {config.ratio}" if config.ratio is not None else f"tau {config.tau}"
     prefill = (
-        f"sparse prefill from {config.min_tokens} tokens"
+        f"sparse prefill from {config.min_tokens} tokens with a window of {config.window} and "
+        f"{config.sinks} sinks"
         if config.sparse_prefill
         else "dense prefill"
     )

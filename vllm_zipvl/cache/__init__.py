@@ -1,1 +1,1 @@
-"""The KV cache: its spec, the scheduler's manager, the worker's page heap and their messages."""
+"""The KV cache: its spec, the scheduler's manager and the worker's page heap."""

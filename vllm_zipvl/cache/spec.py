@@ -1,7 +1,5 @@
-"""The KV cache spec of a layer, and what follows from it and the settings."""
+"""The KV cache spec of a layer, and what follows from an engine's configuration."""
 
-import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +9,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_zipvl.cache.heap import HeapTables
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
+from vllm_zipvl.core.geometry import PageGeometry, cdiv
+from vllm_zipvl.rules import CacheRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,78 +24,36 @@ class ZipVLSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of this layer for one request of `max_model_len`: its blocks and its heap."""
         max_len = vllm_config.model_config.max_model_len
-        rules = CacheRules.of(self, vllm_config)
+        rules = rules_of(self, vllm_config)
         num_blocks = cdiv(max_len, self.block_size) + rules.max_heap_blocks(max_len)
         return num_blocks * self.page_size_bytes
 
 
-@dataclass(frozen=True)
-class CacheRules:
-    """The settings and the page shapes of one engine; equal on scheduler and workers."""
+def rules_of(spec: AttentionSpec, vllm_config: VllmConfig) -> CacheRules:
+    """The rules of an engine whose layers have `spec`."""
+    shape = (spec.num_kv_heads, spec.head_size, spec.block_size)
+    return rules_of_layers(vllm_config, *shape, spec.dtype)
 
-    config: ZipVLConfig
-    geometry: PageGeometry
 
-    @classmethod
-    def of(cls, spec: AttentionSpec, vllm_config: VllmConfig) -> "CacheRules":
-        """The rules of an engine whose layers have `spec`."""
-        shape = (spec.num_kv_heads, spec.head_size, spec.block_size)
-        return cls.of_layers(vllm_config, *shape, spec.dtype)
-
-    @classmethod
-    def of_layers(
-        cls,
-        vllm_config: VllmConfig,
-        num_kv_heads: int,
-        head_size: int,
-        block_size: int,
-        dtype: torch.dtype,
-    ) -> "CacheRules":
-        """The rules of an engine with such layers, all alike; heads are those of one rank."""
-        config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
-        geometry = PageGeometry(
-            num_layers=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
-            num_kv_heads=num_kv_heads,
-            head_size=head_size,
-            itemsize=get_dtype_size(dtype),
-            block_size=block_size,
-            high_bits=config.high_bits,
-            low_bits=config.low_bits,
-        )
-        return cls(config, geometry)
-
-    def compressible_end(self, num_tokens: int) -> int:
-        """Tokens [0, end) of a context that may be in pages."""
-        if not self.config.compress:
-            return 0
-        return num_compressible(num_tokens, self.config.residual, self.geometry.block_size)
-
-    def interval_due(self, compressed_len: int) -> int:
-        """Tokens from which on a compression of the tail is due."""
-        if not self.config.compress:
-            return sys.maxsize
-        # Whole blocks are compressed, and `compressed_len` is whole blocks.
-        interval = max(self.config.interval, self.geometry.block_size)
-        return compressed_len + self.config.residual + interval
-
-    def interval_end(self, compressed_len: int, num_tokens: int) -> int | None:
-        """Where the next compression of the tail ends, or None if none is due."""
-        if num_tokens < self.interval_due(compressed_len):
-            return None
-        return self.compressible_end(num_tokens)
-
-    def num_reserved_pages(self, num_prompt_tokens: int) -> int:
-        """Upper bound of the pages that compressing a prompt takes, over all layers."""
-        max_kept = math.floor(self.config.max_kept * num_prompt_tokens)
-        max_high = max_kept + self.config.probe_recent
-        return self.geometry.max_new_pages(self.compressible_end(num_prompt_tokens), max_high)
-
-    def max_heap_blocks(self, num_tokens: int) -> int:
-        """Upper bound of the heap blocks of a request, whatever part of it is its prompt."""
-        end = self.compressible_end(num_tokens)
-        # `max_kept` bounds what is kept of a prompt; of a tail all may be kept.
-        num_pages = self.geometry.max_new_pages(end, max_high=end)
-        return self.geometry.num_blocks(max(num_pages, self.num_reserved_pages(num_tokens)))
+def rules_of_layers(
+    vllm_config: VllmConfig,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> CacheRules:
+    """The rules of an engine with such layers, all alike; heads are those of one rank."""
+    config = ZipVLConfig.from_additional_config(vllm_config.additional_config)
+    geometry = PageGeometry(
+        num_layers=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        itemsize=get_dtype_size(dtype),
+        block_size=block_size,
+        high_bits=config.high_bits,
+        low_bits=config.low_bits,
+    )
+    return CacheRules(config, geometry)
 
 
 def make_tables(rules: CacheRules, vllm_config: VllmConfig, device: torch.device) -> HeapTables:

@@ -39,6 +39,18 @@ def dot(a, b):
 
 
 @triton.jit
+def load_heads(
+    x, tokens, is_token, head, token_stride, head_stride, head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+):  # fmt: skip
+    """Vectors of one head, [tokens, channels_padded]."""
+    channels = tl.arange(0, channels_padded)
+    start = tokens.to(tl.int64) * token_stride + head * head_stride
+    mask = is_token[:, None] & (channels < head_size)[None, :]
+    return tl.load(x + start[:, None] + channels[None, :], mask=mask, other=0)
+
+
+@triton.jit
 def rescale(top, scores):
     """One step of the online softmax over rows of `scores` (arXiv 1805.02867).
 

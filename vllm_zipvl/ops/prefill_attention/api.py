@@ -1,6 +1,7 @@
-"""Attention of chunks over their contexts, dense or gathered.
+"""Attention of chunks over their contexts: to all tokens, or to kept ones and near ones.
 
-A kernel's module has `attend_chunks`, for all chunks at once, or `prefill_attention`, for one.
+A kernel's module has `prefill_attention`, to all, and `attend_among_kept`, of kept queries to kept
+tokens.
 """
 
 from types import ModuleType
@@ -9,15 +10,13 @@ import torch
 
 from vllm_zipvl.core.sequences import Chunks
 from vllm_zipvl.ops.lazy import triton_module
-from vllm_zipvl.ops.prefill_attention import cpu, flash_attn, reference, sdpa, xformers
+from vllm_zipvl.ops.near_attention import near_attention
+from vllm_zipvl.ops.prefill_attention import cpu, flash_attn, reference
 
 AUTO = "auto"
-_IN_ORDER = ("flash_attn", "xformers", "triton", "cpu", "reference")
+_IN_ORDER = ("flash_attn", "triton", "cpu", "reference")
 """What `auto` takes: the first that runs."""
-_MODULES = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (flash_attn, xformers, cpu, sdpa, reference)
-}
+_MODULES = {module.__name__.rpartition(".")[2]: module for module in (flash_attn, cpu, reference)}
 
 
 def find_kernel(choice: str, device: str, dtype: torch.dtype, head_size: int) -> str:
@@ -78,8 +77,7 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Causal attention in which the queries are the last tokens of their contexts.
 
-    Query i of m sees the first n - m + 1 + i of its context's n keys. A gathered subset in its
-    original order keeps that property, so sparse and dense prefill share this operation.
+    Query i of m sees the first n - m + 1 + i of its context's n keys.
 
     Args:
         query: [num_queries, num_heads, head_size].
@@ -97,15 +95,7 @@ def prefill_attention(
             the kernel does not run here.
     """
     chunks = _as_chunks(query, key, chunks)
-    module = _kernel(kernel, query)
-    if hasattr(module, "attend_chunks"):
-        return module.attend_chunks(query, key, value, chunks, None, scale)
-    if len(chunks.queries) == 1:
-        return module.prefill_attention(query, key, value, scale)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
-        out[own] = module.prefill_attention(query[own], key[tokens], value[tokens], scale)
-    return out
+    return _kernel(kernel, query).prefill_attention(query, key, value, chunks, scale)
 
 
 def sparse_prefill_attention(
@@ -114,10 +104,14 @@ def sparse_prefill_attention(
     value: torch.Tensor,
     kept: torch.Tensor,
     scale: float,
+    window: int,
+    sinks: int,
     kernel: str = AUTO,
     chunks: Chunks | None = None,
 ) -> torch.Tensor:
-    """Causal attention among the kept tokens; the other queries give zeros.
+    """Causal attention to the pairs that `core.neighbourhood.visible_pairs` names.
+
+    Kept queries attend among the kept tokens, and every query to its neighbourhood.
 
     Args:
         query: [num_queries, num_heads, head_size].
@@ -125,23 +119,17 @@ def sparse_prefill_attention(
         value: As `key`.
         kept: Bool mask [num_tokens].
         scale: Softmax scale.
+        window: Newest tokens that every query sees, itself among them.
+        sinks: First tokens of its context that every query sees.
         kernel: As for `prefill_attention`.
         chunks: As for `prefill_attention`.
 
     Returns:
-        As `prefill_attention`.
+        As `prefill_attention`; zeros for a query that sees nothing.
 
     Raises:
         ValueError: As `prefill_attention`.
     """
     chunks = _as_chunks(query, key, chunks)
-    module = _kernel(kernel, query)
-    if hasattr(module, "attend_chunks"):
-        return module.attend_chunks(query, key, value, chunks, kept, scale)
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
-        mask = kept[tokens]
-        queries = own.start + mask[len(mask) - own.stop + own.start :].nonzero().flatten()
-        seen = tokens.start + mask.nonzero().flatten()
-        out[queries] = module.prefill_attention(query[queries], key[seen], value[seen], scale)
-    return out
+    among_kept = _kernel(kernel, query).attend_among_kept(query, key, value, kept, chunks, scale)
+    return near_attention(query, key, value, kept, among_kept, chunks, scale, window, sinks)

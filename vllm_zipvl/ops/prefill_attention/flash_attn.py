@@ -6,20 +6,28 @@ Both are looked up by name, as operations do without vLLM.
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from vllm_zipvl.core.packed import PackedAttention, kept_queries
 from vllm_zipvl.core.sequences import Chunks, Sequences
 
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 class VarlenAttention(NamedTuple):
-    """A `flash_attn_varlen_func`, and FlashAttention's version if it is vLLM's."""
+    """A `flash_attn_varlen_func`.
 
-    function: Callable[..., torch.Tensor]
+    Attributes:
+        function: What is called.
+        version: FlashAttention's, if it is vLLM's build.
+        lse_option: The argument that asks for log-sum-exp.
+    """
+
+    function: Callable[..., Any]
     version: int | None
+    lse_option: str
 
 
 @cache
@@ -29,13 +37,14 @@ def find_varlen() -> VarlenAttention | None:
         vllms = import_module("vllm.vllm_flash_attn")
     except ImportError:
         try:
-            return VarlenAttention(import_module("flash_attn").flash_attn_varlen_func, None)
+            package = import_module("flash_attn")
         except ImportError:
             return None
+        return VarlenAttention(package.flash_attn_varlen_func, None, "return_attn_probs")
     for version in (3, 2):
         if vllms.is_fa_version_supported(version):
             function = partial(vllms.flash_attn_varlen_func, fa_version=version)
-            return VarlenAttention(function, version)
+            return VarlenAttention(function, version, "return_softmax_lse")
     return None
 
 
@@ -50,36 +59,38 @@ def why_not(device: str, dtype: torch.dtype, head_size: int) -> str | None:
     return None
 
 
-def attend_chunks(
+def prefill_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks, scale: float
+) -> torch.Tensor:
+    """See `api.prefill_attention`."""
+    if len(query) == 0:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    cu_seqlens = chunks.queries.cu_seqlens, chunks.contexts.cu_seqlens
+    return _attend(query, key, value, chunks, *cu_seqlens, scale)
+
+
+def attend_among_kept(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    kept: torch.Tensor,
     chunks: Chunks,
-    kept: torch.Tensor | None,
     scale: float,
-) -> torch.Tensor:
-    """See `api.sparse_prefill_attention`; all tokens are kept if `kept` is None.
+) -> PackedAttention:
+    """Attention of the kept queries among the kept tokens.
 
     Waits for nothing on the device: all rows are gathered, the kept ones first, chunk by chunk. How
     many those are only the device knows, and the kernel reads it there.
     """
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if len(query) == 0:
-        return out
-    if kept is None:
-        cu_seqlens = chunks.queries.cu_seqlens, chunks.contexts.cu_seqlens
-        return _attend(query, key, value, chunks, *cu_seqlens, scale)
+        return PackedAttention(torch.empty_like(query), query.new_empty(query.shape[:2]).float())
     tokens, cu_tokens = _kept_first(kept, chunks.contexts)
-    if chunks.are_whole:
-        is_kept_query, queries, cu_queries = kept, tokens, cu_tokens
-    else:
-        is_kept_query = kept[chunks.places]
-        queries, cu_queries = _kept_first(is_kept_query, chunks.queries)
+    queries, cu_queries = tokens, cu_tokens
+    if not chunks.are_whole:
+        queries, cu_queries = _kept_first(kept_queries(kept, chunks), chunks.queries)
     rows = query[queries], key[tokens], value[tokens]
-    packed = _attend(*rows, chunks, cu_queries, cu_tokens, scale)
-    # The kernel leaves the other rows as they were.
-    out[queries] = torch.where(is_kept_query[queries][:, None, None], packed, 0)
-    return out
+    out, lse = _attend(*rows, chunks, cu_queries, cu_tokens, scale, with_lse=True)
+    return PackedAttention(out, lse.t())
 
 
 def _kept_first(kept: torch.Tensor, rows: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,11 +107,15 @@ def _attend(
     cu_queries: torch.Tensor,
     cu_tokens: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
-    """Causal attention of chunks whose rows `cu_queries` and `cu_tokens` name, [num_chunks + 1]."""
+    with_lse: bool = False,
+) -> Any:
+    """Causal attention of chunks whose rows `cu_queries` and `cu_tokens` name, [num_chunks + 1].
+
+    With `with_lse` its output and float32 [num_heads, num_queries].
+    """
     found = find_varlen()
     assert found is not None
-    return found.function(
+    returned = found.function(
         query,
         key,
         value,
@@ -110,4 +125,7 @@ def _attend(
         cu_seqlens_k=cu_tokens,
         softmax_scale=scale,
         causal=True,
+        **({found.lse_option: True} if with_lse else {}),
     )
+    # The package adds what only its tests use.
+    return returned[:2] if with_lse else returned

@@ -2,11 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorMetadata,
-    KVConnectorWorkerMetadata,
-)
-
 
 @dataclass(slots=True)
 class ChunkPlan:
@@ -49,13 +44,15 @@ class CompressionPlan:
         plan_id: Unique over the life of the engine; the report answers by it.
         request_id: The request, for messages.
         slot: Its row in the workers' tables.
-        start: First token; a multiple of the block size.
+        start: First token; a multiple of the block size. The request's head stays dense.
         end: Token after the last; a multiple of the block size.
         context_len: Tokens that the decision refers to.
         is_prompt: Whether the prompt's selection decides, else this step's query.
+        head_block_ids: Blocks that hold the context before token `start`, of a prompt.
         dense_block_ids: Blocks that hold the context from token `start` on.
         heap_block_ids: The request's heap blocks, all of them.
         first_page: The first of the request's pages that is not in use yet.
+        is_first: Whether these are the request's first tokens in pages.
     """
 
     plan_id: int
@@ -65,13 +62,15 @@ class CompressionPlan:
     end: int
     context_len: int
     is_prompt: bool
+    head_block_ids: list[int]
     dense_block_ids: list[int]
     heap_block_ids: list[int]
     first_page: int
+    is_first: bool
 
 
 @dataclass
-class StepPlan(KVConnectorMetadata):
+class StepPlan:
     """Everything a worker needs to know about a step.
 
     The block that holds a request's last token belongs to that request alone, so it names the
@@ -104,15 +103,19 @@ class CompressionReport:
 
 
 @dataclass
-class StepReport(KVConnectorWorkerMetadata):
-    """Reports by plan id; all tensor-parallel ranks must agree."""
+class StepReport:
+    """Reports by plan id."""
 
     compressions: dict[int, CompressionReport]
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
-        if not isinstance(other, StepReport) or other.compressions != self.compressions:
+    def check_same(self, other: "StepReport") -> None:
+        """All tensor-parallel ranks must agree.
+
+        Raises:
+            RuntimeError: The other rank's report differs.
+        """
+        if other != self:
             raise RuntimeError(
                 "tensor-parallel ranks disagree on what was compressed: "
                 f"{self} against {other}; their attention scores must be equal"
             )
-        return self

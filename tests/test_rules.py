@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_zipvl.cache.spec import CacheRules
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import PageGeometry, cdiv
+from vllm_zipvl.rules import CacheRules
 
 BLOCK_SIZE = 16
 
