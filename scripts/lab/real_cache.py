@@ -52,7 +52,7 @@ class Cache:
         high_bits: Of important tokens; 16 is unquantised.
         low_bits: Of the others; 0 evicts them.
         rule: Which are important; None is what the prefill kept.
-        first: Tokens that stay unquantised, from the first on.
+        head: First tokens that stay unquantised, and out of the keys' statistics.
         fp8: Whether everything is stored as float8 e4m3 with scale 1 instead, as stock vLLM does
             with `--kv-cache-dtype fp8`.
         residual: Newest tokens that stay unquantised.
@@ -61,7 +61,7 @@ class Cache:
     high_bits: int = UNQUANTISED
     low_bits: int = UNQUANTISED
     rule: Rule | None = None
-    first: int = 0
+    head: int = 0
     fp8: bool = False
     residual: int = ZipVLConfig.residual
 
@@ -90,14 +90,16 @@ class Cache:
         """Positions that are compressed, by precision."""
         end = num_compressible(len(is_important), self.residual, BLOCK_SIZE)
         tokens = torch.arange(len(is_important))
-        is_due = (tokens < end) & (tokens >= self.first)
+        is_due = (tokens < end) & (tokens >= self.head)
         classes = ((is_due & is_important, self.high_bits), (is_due & ~is_important, self.low_bits))
         return [(mask, bits) for mask, bits in classes]
 
     def _compress(self, layer: Stored, view: View) -> Stored:
         key, value = layer.key.clone(), layer.value.clone()
         end = num_compressible(layer.num_prompt, self.residual, BLOCK_SIZE)
-        norm = key_norm(key[:, :end].transpose(0, 1))
+        if end <= self.head:
+            return layer
+        norm = key_norm(key[:, self.head : end].transpose(0, 1))
         mean, deviation = norm.mean[:, None].float(), norm.scale[:, None].float()
         stays = torch.ones(key.shape[1], dtype=torch.bool)
         for mask, bits in self._classes(self.important(view, key.shape[0])):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from real_baselines import FastV, VerticalSlash
-from real_cache import Cache
+from real_cache import BLOCK_SIZE, Cache
 from real_prefill import FULL, Prefill, Sparse
 from real_rules import Rule
 
@@ -28,12 +28,22 @@ def sparse(tau: float = Rule.tau, **settings: Any) -> Method:
     """The package's prefill alone, 16 bits; settings of the rule are given with the prefill's."""
     names = {field.name for field in fields(Rule)} & set(settings)
     of_rule = {name: settings.pop(name) for name in names}
-    return Method(Sparse(Rule(tau=tau, **of_rule), **settings))
+    return Method(Sparse(Rule(**{"tau": tau, "outside": True, **of_rule}), **settings))
+
+
+def all_mass(tau: float = Rule.tau, **settings: Any) -> Method:
+    """The same, but the count goes by all mass, near or far."""
+    return sparse(tau, outside=False, **settings)
+
+
+def paper(tau: float = Rule.tau, **settings: Any) -> Method:
+    """No neighbourhood: a token that is not kept sees nothing."""
+    return all_mass(tau, window=0, sinks=0, **settings)
 
 
 def near(**settings: Any) -> Method:
-    """What is varied: the prefill that counts what window and sinks hold, at tau 0.95."""
-    return sparse(0.95, outside=True, **settings)
+    """What is varied, at a tau where differences show."""
+    return sparse(0.95, **settings)
 
 
 def dense(high_bits: int, low_bits: int, tau: float = Rule.tau, **settings: Any) -> Method:
@@ -47,26 +57,26 @@ def cut(method: Method, chunk: int) -> Method:
 
 
 def both(
-    method: Method, tau: float | None = None, first: int = 0, bits: tuple[int, int] = (4, 2)
+    method: Method, tau: float | None = None, head: int = 0, bits: tuple[int, int] = (4, 2)
 ) -> Method:
     """A prefill and a cache; `tau` is the cache's own share."""
-    return replace(method, cache=Cache(*bits, tau and Rule(tau=tau), first))
+    return replace(method, cache=Cache(*bits, tau and Rule(tau=tau), head))
 
 
 TAUS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
-PAPER: dict[str, Any] = {"window": 0, "sinks": 0}
-ALL_PROBE = {"probe_recent": 16, "probe_random": 1 << 20}
 RATIOS = (0.2, 0.4, 0.6)
+ALL_PROBE = {"probe_recent": 16, "probe_random": 1 << 20}
+HEADS = (4, 16, 32)
+CHUNKS = (256, 512, 2048)
 CACHES = {"8": (8, 8), "8/4": (8, 4), "4": (4, 4), "4/2": (4, 2), "4/0": (4, 0), "16/0": (16, 0)}
-DEFAULT, AT_90, OUTSIDE = sparse(), sparse(0.9), sparse(0.9, outside=True)
 
 PREFILLS: dict[str, Method] = {
     "full": Method(FULL),
-    **{f"paper-tau{tau}": sparse(tau, **PAPER) for tau in TAUS},
+    **{f"paper-tau{tau}": paper(tau) for tau in TAUS},
     **{f"zipvl-tau{tau}": sparse(tau) for tau in TAUS},
-    **{f"outside-tau{tau}": sparse(tau, outside=True) for tau in TAUS},
-    **{f"fixed-{ratio}": sparse(ratio=ratio) for ratio in RATIOS},
-    **{f"random-{ratio}": sparse(ratio=ratio, order="random") for ratio in RATIOS},
+    **{f"all-mass-tau{tau}": all_mass(tau) for tau in TAUS},
+    **{f"fixed-{ratio}": all_mass(ratio=ratio) for ratio in RATIOS},
+    **{f"random-{ratio}": all_mass(ratio=ratio, order="random") for ratio in RATIOS},
     **{f"window-{window}": near(window=window) for window in (16, 32, 128, 256)},
     **{f"sinks-{sinks}": near(sinks=sinks) for sinks in (0, 16)},
     **{f"probes-{n}+{n}": near(probe_recent=n, probe_random=n) for n in (32, 16)},
@@ -75,11 +85,11 @@ PREFILLS: dict[str, Method] = {
     **{f"dense-first-{n}": near(dense_layers=n) for n in (1, 2)},
     "dense-half": near(dense_half=True),
     **{
-        f"token-sparse-tau{tau}": sparse(tau, smooth=1, sets="head", dense_half=True, **PAPER)
+        f"token-sparse-tau{tau}": paper(tau, smooth=1, sets="head", dense_half=True)
         for tau in (0.9, 0.975)
     },
-    **{f"window-alone-{window}": sparse(order="nothing", window=window) for window in (64, 256)},
-    **{f"qk-sparse-{r}": sparse(ratio=r, sets="head", **PAPER, **ALL_PROBE) for r in (0.4, 0.6)},
+    **{f"window-alone-{window}": all_mass(order="nothing", window=window) for window in (64, 256)},
+    **{f"qk-sparse-{r}": paper(ratio=r, sets="head", **ALL_PROBE) for r in (0.4, 0.6)},
     **{f"minference-{share}": Method(VerticalSlash(share)) for share in (0.1, 0.2)},
     **{f"fastv-{dropped}": Method(FastV(dropped)) for dropped in (0.25, 0.5)},
 }
@@ -96,44 +106,43 @@ DENSE: dict[str, Method] = {
     "cache-2": Method(FULL, Cache(4, 2, Rule(order="nothing"))),
     "cache-fp8": Method(FULL, Cache(fp8=True)),
     **{
-        f"first-{first}-{name}-tau{tau}": dense(*CACHES[name], tau, first=first)
-        for first in (4, 16, 32)
-        for name, tau in (("4/2", 0.975), ("4/2", 0.9), ("8/4", 0.9))
+        f"head-{head}-{name}-tau{tau}": dense(*CACHES[name], tau, head=head)
+        for head in HEADS
+        for tau in (0.99, 0.975, 0.9)
+        for name in ("4/2", "8/4")
     },
-    **{f"first-{first}-4": dense(4, 4, first=first) for first in (4, 16, 32)},
+    **{f"head-{head}-4": dense(4, 4, head=head) for head in HEADS},
 }
 """Caches after a dense prefill."""
 
+BASES = {
+    **{f"{tau}": sparse(tau) for tau in (0.9, 0.95, 0.975)},
+    **{f"all-mass-{tau}": all_mass(tau) for tau in (0.9, 0.975)},
+}
+DEFAULT = both(sparse(), Rule.tau, BLOCK_SIZE)
 TOGETHER: dict[str, Method] = {
-    "zipvl": both(DEFAULT),
+    "zipvl": DEFAULT,
     **{
-        f"both-{name}/{tau or 'own'}{f'-first-{first}' * bool(first)}": both(method, tau, first)
-        for name, method in {
-            "tau0.9": AT_90,
-            "tau0.975": DEFAULT,
-            "outside0.9": OUTSIDE,
-            "outside0.95": near(),
-            "outside0.975": sparse(outside=True),
-        }.items()
+        f"both-{name}/{tau or 'own'}{f'-head-{head}' * bool(head)}": both(method, tau, head)
+        for name, method in BASES.items()
         for tau in (None, 0.975, 0.99)
-        for first in (0, 4)
+        for head in (0, BLOCK_SIZE)
     },
     **{
-        f"both-outside0.975/{tau or 'own'}-first-4-{name}": both(
-            sparse(outside=True), tau, 4, CACHES[name]
+        f"zipvl-{name}": replace(
+            DEFAULT, cache=replace(DEFAULT.cache, high_bits=high, low_bits=low)
         )
-        for tau, name in ((None, "8/4"), (0.9, "8/4"), (None, "4"))
+        for name, (high, low) in CACHES.items()
+        if name != "4/2"
     },
 }
-"""Prefill and cache."""
+"""Prefill and cache, by the tau of either; "own" is what the prefill kept."""
 
 CUT: dict[str, Method] = {
-    **{f"cut-{chunk}-tau0.975": cut(DEFAULT, chunk) for chunk in (256, 512, 2048)},
-    **{f"cut-{chunk}-tau0.9": cut(AT_90, chunk) for chunk in (256, 512, 2048)},
-    **{f"cut-{chunk}-outside0.9": cut(OUTSIDE, chunk) for chunk in (256, 512, 2048)},
-    **{f"cut-{chunk}-outside0.975": cut(sparse(outside=True), chunk) for chunk in (256, 512)},
-    **{f"cut-{chunk}-paper": cut(sparse(**PAPER), chunk) for chunk in (512,)},
-    "cut-512-zipvl": cut(both(DEFAULT), 512),
+    **{f"cut-{chunk}-{tau}": cut(sparse(tau), chunk) for tau in (0.9, 0.975) for chunk in CHUNKS},
+    **{f"cut-{chunk}-all-mass-0.975": cut(all_mass(), chunk) for chunk in CHUNKS},
+    "cut-512-paper": cut(paper(), 512),
+    "cut-512-zipvl": cut(DEFAULT, 512),
 }
 """Whole against cut prompts."""
 

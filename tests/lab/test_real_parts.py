@@ -114,20 +114,20 @@ def view_of(num_tokens: int, kept: torch.Tensor) -> View:
     return View(Everything(), kept[None])
 
 
-@pytest.mark.parametrize("first", [0, 4])
-def test_a_cache_changes_what_is_due_and_nothing_else(first):
+@pytest.mark.parametrize("head", [0, 4])
+def test_a_cache_changes_what_is_due_and_nothing_else(head):
     n = 5 * BLOCK_SIZE + 7
     key, value = torch.randn(2, KV_HEADS, n, SIZE)
     kept = torch.rand(n) < 0.5
     end = 4 * BLOCK_SIZE
-    cache = Cache(16, 4, first=first)
+    cache = Cache(16, 4, head=head)
     (after,) = cache.after([Stored.of(key, value, None)], [view_of(n, kept)])
-    is_due = ~kept & (torch.arange(n) < end) & (torch.arange(n) >= first)
+    is_due = ~kept & (torch.arange(n) < end) & (torch.arange(n) >= head)
     for old, new in ((key, after.key), (value, after.value)):
         assert torch.equal(new[:, ~is_due], old[:, ~is_due])
         error = (new - old)[:, is_due].norm() / old[:, is_due].norm()
         assert 0.01 < error < 0.2
-    evicting = Cache(16, 0, first=first)
+    evicting = Cache(16, 0, head=head)
     (after,) = evicting.after([Stored.of(key, value, None)], [view_of(n, kept)])
     assert torch.equal(after.key, key[:, ~is_due]) and after.num_prompt == n - int(is_due.sum())
     share, high = evicting.share([Stored.of(key, value, None)], [view_of(n, kept)])
