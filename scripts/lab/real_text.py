@@ -1,0 +1,97 @@
+"""Text that comes with every Python, cut into prompts and the answers that are forced."""
+
+import ast
+import hashlib
+import pydoc_data.topics
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ANSWER_TOKENS = 64
+MIN_DOCSTRING = 800
+"""Characters; shorter ones are no text."""
+
+
+class Stretch(NamedTuple):
+    """A prompt and what is forced after it.
+
+    Attributes:
+        task: "text" or "facts".
+        tokens: The prompt's length as asked for.
+        doc: Which of that task and length.
+        prompt: Token ids.
+        answer: Token ids.
+    """
+
+    task: str
+    tokens: int
+    doc: int
+    prompt: torch.Tensor
+    answer: torch.Tensor
+
+    def digest(self) -> str:
+        """Of what is in it: Pythons of other versions bring other text."""
+        ids = torch.cat([self.prompt, self.answer]).numpy().tobytes()
+        return hashlib.sha256(f"{len(self.prompt)}".encode() + ids).hexdigest()[:12]
+
+
+def _docstrings() -> list[str]:
+    """Long docstrings of the standard library's own modules, file by file."""
+    folder, found = Path(sysconfig.get_path("stdlib")), []
+    for file in sorted(folder.glob("*.py")):
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts = [ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, kinds)]
+        found += [text for text in texts if len(text) >= MIN_DOCSTRING]
+    return found
+
+
+def material() -> str:
+    """Python's manual first, then docstrings, each in an order that is always the same."""
+    topics = pydoc_data.topics.topics
+    parts = []
+    for texts in ([topics[name] for name in sorted(topics)], _docstrings()):
+        random.Random(3).shuffle(texts)
+        parts += texts
+    return "\n\n".join(parts)
+
+
+class Texts:
+    """Stretches of one tokenizer.
+
+    Args:
+        tokenizer: Of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids = tokenizer(material(), return_tensors="pt", verbose=False).input_ids[0]
+
+    def num_stretches(self, tokens: int) -> int:
+        """How many stretches of a length there are that do not overlap."""
+        return len(self.ids) // (tokens + ANSWER_TOKENS)
+
+    def check(self, tokens: int, num: int) -> None:
+        """Whether there are `num` stretches of a length.
+
+        Raises:
+            SystemExit: There are not.
+        """
+        if num > self.num_stretches(tokens):
+            raise SystemExit(
+                f"there are {self.num_stretches(tokens)} stretches of {tokens} tokens, not {num}"
+            )
+
+    def stretch(self, tokens: int, doc: int) -> Stretch:
+        """A prompt of `tokens` and its true continuation."""
+        first = doc * (tokens + ANSWER_TOKENS)
+        end = first + tokens
+        return Stretch(
+            "text", tokens, doc, self.ids[first:end], self.ids[end : end + ANSWER_TOKENS]
+        )
