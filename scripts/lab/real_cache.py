@@ -9,7 +9,7 @@ from real_rules import Rule
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry, num_compressible
-from vllm_zipvl.core.quantization import clip, dequantise, key_norm, quantise, rotate
+from vllm_zipvl.core.quantization import key_norm, keys_through, through
 
 BLOCK_SIZE = 32
 FP8_MAX = 448.0
@@ -37,11 +37,6 @@ class Stored(NamedTuple):
     def joined(self, key: torch.Tensor, value: torch.Tensor) -> "Stored":
         key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
         return self._replace(key=key, value=value)
-
-
-def through(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """What is left of vectors [..., head_size] after storing them at `bits`."""
-    return rotate(dequantise(quantise(clip(rotate(x), bits), bits)))
 
 
 @dataclass(frozen=True)
@@ -100,15 +95,14 @@ class Cache:
         if end <= self.head:
             return layer
         norm = key_norm(key[:, self.head : end].transpose(0, 1))
-        mean, deviation = norm.mean[:, None].float(), norm.scale[:, None].float()
         stays = torch.ones(key.shape[1], dtype=torch.bool)
         for mask, bits in self._classes(self.important(view, key.shape[0])):
             places = mask.nonzero()[:, 0]
             if bits == 0:
                 stays[places] = False
             elif bits != UNQUANTISED:
-                keys = (key[:, places] - mean) / deviation
-                key[:, places] = through(keys, bits) * deviation + mean
+                keys = keys_through(key[:, places].transpose(0, 1), norm, bits)
+                key[:, places] = keys.transpose(0, 1)
                 value[:, places] = through(value[:, places], bits)
         num_evicted = int((~stays).sum())
         return Stored(key[:, stays], value[:, stays], layer.num_prompt - num_evicted)

@@ -172,3 +172,8 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 def through(x: torch.Tensor, bits: int, num_zeros: int = 1) -> torch.Tensor:
     """What is left of float32 vectors [..., head_size] after storing them at `bits`."""
     return rotate(dequantise(quantise(clip(rotate(x), bits, num_zeros), bits, num_zeros)))
+
+
+def keys_through(keys: torch.Tensor, norm: KeyNorm, bits: int) -> torch.Tensor:
+    """As `through`, of keys [num_tokens, num_kv_heads, head_size]."""
+    return restore_keys(through(normalise_keys(keys, norm), bits, KEY_ZEROS), norm)

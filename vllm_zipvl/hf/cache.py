@@ -13,14 +13,7 @@ from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED, cdiv, num_compressible
 from vllm_zipvl.core.neighbourhood import visible_pairs
 from vllm_zipvl.core.probes import num_far_probes, num_visible_probes, probe_positions
-from vllm_zipvl.core.quantization import (
-    KEY_ZEROS,
-    KeyNorm,
-    key_norm,
-    normalise_keys,
-    restore_keys,
-    through,
-)
+from vllm_zipvl.core.quantization import KeyNorm, key_norm, keys_through, through
 from vllm_zipvl.core.selection import (
     Selection,
     cap_selection,
@@ -261,8 +254,7 @@ class ZipVLLayer(DynamicLayer):
             if bits == 0:
                 request.evicted[positions] = True
             elif bits != UNQUANTISED:
-                keys = normalise_keys(key[:, positions].transpose(0, 1), request.norm)
-                keys = restore_keys(through(keys, bits, KEY_ZEROS), request.norm)
+                keys = keys_through(key[:, positions].transpose(0, 1), request.norm, bits)
                 key[:, positions] = keys.transpose(0, 1).to(key.dtype)
                 value[:, positions] = through(value[:, positions].float(), bits).to(value.dtype)
         request.compressed_len = end
