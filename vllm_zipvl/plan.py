@@ -44,13 +44,15 @@ class CompressionPlan:
         plan_id: Unique over the life of the engine; the report answers by it.
         request_id: The request, for messages.
         slot: Its row in the workers' tables.
-        start: First token; a multiple of the block size.
+        start: First token; a multiple of the block size. The request's head stays dense.
         end: Token after the last; a multiple of the block size.
         context_len: Tokens that the decision refers to.
         is_prompt: Whether the prompt's selection decides, else this step's query.
+        head_block_ids: Blocks that hold the context before token `start`, of a prompt.
         dense_block_ids: Blocks that hold the context from token `start` on.
         heap_block_ids: The request's heap blocks, all of them.
         first_page: The first of the request's pages that is not in use yet.
+        is_first: Whether these are the request's first tokens in pages.
     """
 
     plan_id: int
@@ -60,9 +62,11 @@ class CompressionPlan:
     end: int
     context_len: int
     is_prompt: bool
+    head_block_ids: list[int]
     dense_block_ids: list[int]
     heap_block_ids: list[int]
     first_page: int
+    is_first: bool
 
 
 @dataclass

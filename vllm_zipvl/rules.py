@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import PageGeometry, num_compressible
+from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
 
 
 @dataclass(frozen=True)
@@ -15,19 +15,30 @@ class CacheRules:
     config: ZipVLConfig
     geometry: PageGeometry
 
+    @property
+    def head_len(self) -> int:
+        """First tokens of a context that stay dense: the sinks, in whole blocks."""
+        block_size = self.geometry.block_size
+        return cdiv(self.config.sinks, block_size) * block_size
+
     def compressible_end(self, num_tokens: int) -> int:
-        """Tokens [0, end) of a context that may be in pages."""
+        """Where the tokens end, from the head on, that may be in pages; 0 if there are none."""
         if not self.config.compress:
             return 0
-        return num_compressible(num_tokens, self.config.residual, self.geometry.block_size)
+        end = num_compressible(num_tokens, self.config.residual, self.geometry.block_size)
+        return end if end > self.head_len else 0
+
+    def num_compressible(self, num_tokens: int) -> int:
+        """How many tokens of a context may be in pages."""
+        return max(0, self.compressible_end(num_tokens) - self.head_len)
 
     def interval_due(self, compressed_len: int) -> int:
         """Tokens from which on a compression of the tail is due."""
         if not self.config.compress:
             return sys.maxsize
-        # Whole blocks are compressed, and `compressed_len` is whole blocks.
+        # Whole blocks are compressed, and both lengths are whole blocks.
         interval = max(self.config.interval, self.geometry.block_size)
-        return compressed_len + self.config.residual + interval
+        return max(compressed_len, self.head_len) + self.config.residual + interval
 
     def interval_end(self, compressed_len: int, num_tokens: int) -> int | None:
         """Where the next compression of the tail ends, or None if none is due."""
@@ -39,11 +50,11 @@ class CacheRules:
         """Upper bound of the pages that compressing a prompt takes, over all layers."""
         max_kept = math.floor(self.config.max_kept * num_prompt_tokens)
         max_high = max_kept + self.config.probe_recent
-        return self.geometry.max_new_pages(self.compressible_end(num_prompt_tokens), max_high)
+        return self.geometry.max_new_pages(self.num_compressible(num_prompt_tokens), max_high)
 
     def max_heap_blocks(self, num_tokens: int) -> int:
         """Upper bound of the heap blocks of a request, whatever part of it is its prompt."""
-        end = self.compressible_end(num_tokens)
+        num_new = self.num_compressible(num_tokens)
         # `max_kept` bounds what is kept of a prompt; of a tail all may be kept.
-        num_pages = self.geometry.max_new_pages(end, max_high=end)
+        num_pages = self.geometry.max_new_pages(num_new, max_high=num_new)
         return self.geometry.num_blocks(max(num_pages, self.num_reserved_pages(num_tokens)))

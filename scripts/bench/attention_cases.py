@@ -97,9 +97,10 @@ def _prompt(
 
 def probe_mass(layer: Layer, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """What the backend asks of one layer of a prompt in one chunk, float32 [num_tokens]."""
-    _, batch = _prompt(layer, len(query), 1.0, query.device)
+    selector, batch = _prompt(layer, len(query), 1.0, query.device)
     queries, contexts = query[batch.probe_places], batch.rows.contexts
-    return probe_scores(queries, batch.probes, key, contexts, layer.scale).sum(0)
+    near = selector.config.window, selector.config.sinks
+    return probe_scores(queries, batch.probes, key, contexts, layer.scale, *near).sum((0, 1))
 
 
 def selected(layer: Layer, query: torch.Tensor, key: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -130,12 +131,13 @@ def sparse_prefill(
 def moves_of(
     slot: int, block_ids: torch.Tensor, num_tokens: int, heap_block_ids: list[int]
 ) -> Moves:
-    """A prompt's first tokens into a slot's pages."""
+    """A prompt's first tokens into a slot's pages, without a dense head."""
     device = block_ids.device
     return Moves(
         slots=to_device([slot], device),
         block_table=block_ids[None],
         contexts=Sequences([num_tokens], device),
+        ends=to_device([num_tokens], device, torch.int32),
         heap_block_ids=[heap_block_ids],
         first_pages=to_device([0], device),
         is_first=[True],
@@ -157,7 +159,7 @@ def check_prefill(layer: Layer) -> None:
     positions = torch.tensor([250, 299])
     is_random = torch.tensor([True, False])
     probes = ProbePlaces(positions, is_random, Sequences([2], cache.device))
-    mass = probe_scores(query[:2], probes, key, contexts, layer.scale).sum(0)
+    mass = probe_scores(query[:2], probes, key, contexts, layer.scale, 0, 0).sum((0, 1))
     keys = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).double()
     scores = torch.einsum("ihd,jhd->ihj", query[:2].double(), keys * layer.scale)
     hidden = torch.arange(num_tokens) > positions[:, None, None]
@@ -214,7 +216,8 @@ def decode_case(
     )  # fmt: skip
     every = torch.arange(num_rows, dtype=torch.int32)
     ends = torch.full((num_rows,), end, dtype=torch.int32)
-    return context, DecodeRows(every, every, ends, torch.full_like(ends, num_tokens))
+    no_head, lens = torch.zeros_like(ends), torch.full_like(ends, num_tokens)
+    return context, DecodeRows(every, every, no_head, ends, lens)
 
 
 def check_decode(layer: Layer, bits: tuple[int, int], kept: float) -> None:

@@ -128,9 +128,11 @@ def compress_row(num_tokens: int, num_kv_heads: int, repeats: int) -> dict[str, 
         end=end,
         context_len=num_tokens,
         is_prompt=True,
+        head_block_ids=[],
         dense_block_ids=list(range(len(kv_cache))),
         heap_block_ids=list(range(num_blocks)),
         first_page=0,
+        is_first=True,
     )
 
     def run() -> None:

@@ -48,6 +48,7 @@ class Prompt:
         slots = self.block_ids[:, None] * block_size + torch.arange(block_size)
         self.slots = slots.flatten()[:num_tokens]
         self.kernel = find_kernel("auto", self.slots.device.type, DTYPE, shape.layer.head_size)
+        self._kept: dict[int, torch.Tensor] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -64,8 +65,7 @@ class Prompt:
     @property
     def kept(self) -> float:
         """Share of the tokens that attend, mean over layers."""
-        masks = [selection.kept for selection in self.batch.choices.layers.values()]
-        return float(torch.stack(masks).float().mean())
+        return float(torch.stack(list(self._kept.values())).float().mean())
 
     def prefill(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -76,6 +76,7 @@ class Prompt:
         store_kv(key, value, self.kv_caches[layer], self.slots)
         kept = self.selector.select(layer, batch, query, key, scale)
         assert kept is not None
+        self._kept[layer] = kept
         near = self.config.window, self.config.sinks
         return sparse_prefill_attention(
             query, key, value, kept, scale, *near, self.kernel, batch.rows
@@ -83,7 +84,7 @@ class Prompt:
 
     def masks(self) -> torch.Tensor:
         """What the cache keeps at high precision of the tokens that are compressed, by layer."""
-        (masks,) = self.batch.choices.masks
+        (masks,) = self.batch.probed.masks
         return masks[:, : self.end]
 
     def moves(self, slot: int, heap_block_ids: list[int]) -> Moves:

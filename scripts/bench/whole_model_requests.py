@@ -121,7 +121,8 @@ class ZipVLRequests:
         block = self.block_table.gather(1, self.positions[:, None] // block_size)[:, 0]
         self.slot_mapping = block.long() * block_size + self.positions % block_size
         tail_starts = self.heap.tables.compressed_lens[self.slots]
-        self.rows = DecodeRows(self.slots, self.slots, tail_starts, self.lens)
+        no_head = torch.zeros_like(tail_starts)
+        self.rows = DecodeRows(self.slots, self.slots, no_head, tail_starts, self.lens)
 
     def decode(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -163,6 +164,7 @@ class ZipVLRequests:
             slots=slots,
             block_table=table,
             contexts=tails,
+            ends=to_device([self.ends[i] + self.interval for i in requests], device, torch.int32),
             heap_block_ids=[self.heap_block_ids[i] for i in requests],
             first_pages=self.first_pages[slots],
             is_first=[False] * len(requests),

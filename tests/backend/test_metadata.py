@@ -70,7 +70,8 @@ def test_a_captured_step_follows_its_buffers() -> None:
     block_table = ints([1, 2, 5, 0], [6, 0, 0, 0], [1, 3, 7, 0], [5, 5, 5, 5])
     # The third row ends in a block that no plan named; the fourth is padding.
     rows = captured(ints(40, 16, 40, 0), block_table, slot_of_block, ints(0, 8, 32, 0))
-    slots, tables, tail_starts, context_lens = rows
+    slots, tables, head_lens, tail_starts, context_lens = rows
+    assert head_lens.tolist() == [min(BLOCK_SIZE, start) for start in tail_starts.tolist()]
     assert slots.tolist() == [2, 0, NOBODY, NOBODY]
     assert tables.tolist() == [0, 1, 2, 3]
     assert tail_starts.tolist() == [32, 0, 0, 0]

@@ -119,16 +119,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_a_step_with_prompts_decodes_and_compressions(
     settings: dict[str, Any], kernels: list[torch.Tensor]
 ) -> None:
-    worker = make_worker(ZipVLConfig(min_tokens=64, probe_recent=16, probe_random=16, **settings))
+    worker = make_worker(ZipVLConfig(min_tokens=80, probe_recent=16, probe_random=16, **settings))
     chunks = [
         ChunkPlan("a", 0, 1, 0, 100, True, False),
         ChunkPlan("b", 1, 2, 96, 200, True, False),
-        ChunkPlan("c", 2, 3, 0, 50, True, False),
+        ChunkPlan("c", 2, 3, 0, 70, True, False),
     ]
     plan = StepPlan([0, 1, 2], {1: 0, 2: 1, 3: 2, 4: 3}, chunks)
     worker.begin_step(plan)
     worker.note_rows(["d", "a", "b", "c"])
-    lengths = [1, 100, 104, 50]
+    lengths = [1, 100, 104, 70]
     metadata = ZipVLMetadata(
         query_starts=np.cumsum([0, *lengths], dtype=np.int32),
         seq_lens=torch.empty(4, dtype=torch.int32, device=META),
@@ -152,17 +152,21 @@ def test_a_step_with_prompts_decodes_and_compressions(
     worker.compress_planned()
     worker.end_step()
 
-    ends = {0: (96, 100), 1: (192, 200), 2: (48, 50)}
+    ends = {0: (96, 100), 1: (192, 200), 2: (48, 70)}
     blocks = list(range(16))
     plans = [
-        CompressionPlan(slot, "r", slot, 0, end, context_len, True, blocks, [5, 6, 7], 0)
+        CompressionPlan(
+            slot, "r", slot, 16, end, context_len, True, [15], blocks, [5, 6, 7], 0, True
+        )
         for slot, (end, context_len) in ends.items()
     ]
-    plans.append(CompressionPlan(3, "d", 3, 64, 192, 200, False, list(range(8, 16)), [10], 4))
+    plans.append(
+        CompressionPlan(3, "d", 3, 64, 192, 200, False, [], list(range(8, 16)), [10], 4, False)
+    )
     worker.begin_step(StepPlan(compressions=plans))
     worker.compress_planned()
     prompts, tail = kernels
-    assert prompts.shape == (NUM_LAYERS, 96 + 192 + 48)
+    assert prompts.shape == (NUM_LAYERS, 96 + 192 + 48 - 3 * 16)
     assert tail.shape == (NUM_LAYERS, 128)
     assert [x._figures.shape for x in worker._launched] == [(3, 3), (1, 3)]
 

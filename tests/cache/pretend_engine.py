@@ -330,7 +330,8 @@ class PretendWorker:
         chunk = row.chunk
         is_sparse = chunk and config.sparse_prefill and row.end >= config.min_tokens
         first = self.slots[row.slot].compressed_len // self.memory.block_size
-        context = self.requests[row.request_id].block_ids[first : _cdiv(row.start, self.block_size)]
+        blocks = self.requests[row.request_id].block_ids
+        context = self._dense(blocks, first, _cdiv(row.start, self.block_size))
         return (
             (is_sparse and not chunk.attends_densely)
             or first > 0
@@ -341,10 +342,16 @@ class PretendWorker:
     def block_size(self) -> int:
         return self.memory.block_size
 
+    def _dense(self, blocks: Any, first: int, last: int) -> list[Any]:
+        """Of a request's first `last` blocks those that pages do not stand for."""
+        head = self.rules.head_len // self.block_size
+        return [*blocks[: min(head, first)], *blocks[first:last]]
+
     def _read_row(self, row: Row) -> None:
         """Attention: pages for what is compressed, dense blocks for the rest."""
         sequence, slot = self.requests[row.request_id], self.slots[row.slot]
-        for index in range(slot.compressed_len // self.block_size, _cdiv(row.end, self.block_size)):
+        last = _cdiv(row.end, self.block_size)
+        for index in self._dense(range(last), slot.compressed_len // self.block_size, last):
             first = index * self.block_size
             expected = sequence.identities[first : min(row.end, first + self.block_size)]
             found = self.memory.read_dense(sequence.block_ids[index])[: len(expected)]
@@ -356,7 +363,9 @@ class PretendWorker:
 
     def _compress(self, plan: CompressionPlan) -> CompressionReport:
         slot, geometry = self.slots[plan.slot], self.rules.geometry
-        assert (slot.owner, slot.compressed_len) == (plan.request_id, plan.start)
+        assert slot.owner == plan.request_id
+        assert plan.start == max(slot.compressed_len, self.rules.head_len)
+        assert plan.is_first == (slot.compressed_len == 0)
         assert slot.num_pages == plan.first_page
         assert plan.start % self.block_size == plan.end % self.block_size == 0
         assert plan.start < plan.end <= plan.context_len
@@ -651,10 +660,10 @@ class PretendEngine:
         confirmed = self._confirmed.get(id(state))
         assert state.compressed_len == (confirmed.plan.end if confirmed else 0)
         blocks = manager.req_to_blocks[request_id]
-        num_freed = sum(block.is_null for block in blocks)
-        assert all(block.is_null for block in blocks[:num_freed])
-        # What a report confirmed is free at once: others may be waiting for it.
-        assert num_freed == state.compressed_len // manager.block_size
+        # What a report confirmed is free at once: others may be waiting for it. The head stays.
+        first, last = manager.rules.head_len, state.compressed_len
+        expected = [first <= i * manager.block_size < last for i in range(len(blocks))]
+        assert [block.is_null for block in blocks] == expected
         num_used = geometry.num_blocks(state.num_pages)
         if state.prompt_is_compressed and state.pending is None:
             assert len(state.blocks) == num_used

@@ -89,8 +89,8 @@ def make_moves(
     contexts = Sequences(list(num_tokens.values()), CPU)
     table = table_to_device([range(own.start, own.stop) for own in contexts.slices()], CPU)
     return Moves(
-        torch.tensor(list(num_tokens)), table, contexts, blocks, torch.tensor(first_pages),
-        [is_first] * len(num_tokens),
+        torch.tensor(list(num_tokens)), table, contexts, torch.tensor(contexts.lengths).int(),
+        blocks, torch.tensor(first_pages), [is_first] * len(num_tokens),
     )  # fmt: skip
 
 

@@ -42,6 +42,8 @@ SETTINGS = st.builds(
     max_kept=st.sampled_from([1.0, 0.3]),
     residual=st.sampled_from([0, 32]),
     interval=st.sampled_from([16, 128]),
+    # A head of one block or of none, or of several.
+    sinks=st.sampled_from([4, 0, 40]),
     prefix_sharing=st.sampled_from(["approximate", "exact"]),
 )
 CASES = st.builds(

@@ -60,9 +60,10 @@ def test_a_prompt_is_compressed_one_step_after_its_last_chunk(base: Base) -> Non
     third = step(engine)
     (plan,) = third.compressions
     assert not third.chunks
-    assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (0, 64, 100, True)
-    assert plan.dense_block_ids == dense_ids[:7]
-    assert plan.first_page == 0
+    # The first block holds the sinks and stays.
+    assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (16, 64, 100, True)
+    assert (plan.head_block_ids, plan.dense_block_ids) == (dense_ids[:1], dense_ids[1:7])
+    assert plan.first_page == 0 and plan.is_first
     assert engine.pool.get_num_free_blocks() == num_free, "nothing is freed before the report"
 
     report = finish_step(engine).compressions[plan.plan_id]
@@ -70,7 +71,7 @@ def test_a_prompt_is_compressed_one_step_after_its_last_chunk(base: Base) -> Non
     assert (state.compressed_len, state.num_pages) == (64, report.num_pages)
     num_used = engine.manager.geometry.num_blocks(report.num_pages)
     unused_reserve = len(plan.heap_block_ids) - num_used
-    assert engine.pool.get_num_free_blocks() == num_free + 4 + unused_reserve
+    assert engine.pool.get_num_free_blocks() == num_free + 3 + unused_reserve
 
 
 def test_the_report_of_a_freed_request_is_dropped(base: Base) -> None:
@@ -178,7 +179,7 @@ def test_a_resumed_request_takes_all_it_knows_for_its_prompt(base: Base) -> None
     assert (chunk.start, chunk.end, chunk.ends_prompt) == (96, 101, True)
     finish_step(engine)
     (plan,) = step(engine).compressions
-    assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (0, 64, 101, True)
+    assert (plan.start, plan.end, plan.context_len, plan.is_prompt) == (16, 64, 101, True)
 
 
 def test_a_decode_step_is_planned_only_where_something_changes(base: Base) -> None:
@@ -238,5 +239,5 @@ def test_shared_blocks_do_not_count_as_freed(base: Base) -> None:
         step(engine)
         finish_step(engine)
     data = engine.planner._stats.data
-    assert (data["prompts"], data["prompt_tokens"]) == (2, 2 * 64)
-    assert data["blocks_freed"] == 64 // BLOCK_SIZE, "both held the same ones"
+    assert (data["prompts"], data["prompt_tokens"]) == (2, 2 * 48)
+    assert data["blocks_freed"] == 48 // BLOCK_SIZE, "both held the same ones"

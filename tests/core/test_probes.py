@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_zipvl.core.probes import num_visible_probes, probe_positions
+from vllm_zipvl.core.probes import num_far_probes, num_visible_probes, probe_positions
 
 
 @given(
@@ -48,3 +48,10 @@ def test_probes_are_shared_so_must_not_be_written() -> None:
 
 def test_visible_probes_are_counted_from_the_right() -> None:
     assert num_visible_probes(np.array([1, 3, 4]), 5).tolist() == [3, 3, 2, 2, 1]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (1, 0), (3, 2), (0, 4), (9, 0), (2, 30)])
+def test_far_probes_have_the_token_outside_of_their_neighbourhood(window: int, sinks: int) -> None:
+    positions = np.array([1, 3, 4, 11])
+    expected = [sum(i - j >= window and j >= sinks for i in positions) for j in range(12)]
+    assert num_far_probes(positions, 12, window, sinks).tolist() == expected

@@ -11,7 +11,7 @@ from vllm_zipvl.core.selection import (
     num_to_keep,
     recent_mask,
     select,
-    stack,
+    select_for_prefill,
     top_mask,
 )
 from vllm_zipvl.core.sequences import Sequences
@@ -28,7 +28,7 @@ MASSES = st.lists(st.integers(0, 50), min_size=1, max_size=60)
         ([4, 3, 2, 1], 1.0, 4),
         ([4, 3, 0, 0], 1.0, 4),
         ([4, 3, 0, 0], 0.99, 2),
-        ([0, 0, 0], 0.9, 1),
+        ([0, 0, 0], 0.9, 0),
         ([5], 0.01, 1),
     ],
 )
@@ -42,7 +42,28 @@ def test_count_is_the_smallest(mass: list[int], tau: float) -> None:
     largest = sorted(mass, reverse=True)
     goal = torch.tensor(float(sum(mass))) * tau
     assert sum(largest[:num]) >= goal
-    assert num == 1 or sum(largest[: num - 1]) < goal
+    assert num == 0 or sum(largest[: num - 1]) < goal
+
+
+@given(MASSES, st.integers(0, 3000), st.floats(0.01, 0.999))
+def test_what_is_covered_counts_towards_tau(mass: list[int], near: int, tau: float) -> None:
+    covered = torch.tensor([float(near)], dtype=torch.float64)
+    num = num_for_mass(torch.tensor(mass).float(), tau, covered=covered)
+    largest, total = sorted(mass, reverse=True), sum(mass) + near
+    slack = 1e-9 * total
+    assert near + sum(largest[:num]) >= tau * total - slack
+    assert num == 0 or near + sum(largest[: num - 1]) < tau * total + slack
+
+
+def test_prefill_chooses_by_far_mass_what_neighbourhoods_leave() -> None:
+    far, near = torch.tensor([1.0, 3.0, 0.0, 2.0, 0.0]), torch.tensor([50.0, 0, 24, 0, 20])
+    is_recent = torch.arange(5) == 4
+    num_far = torch.tensor([1, 3, 0, 1, 0])
+    for tau, kept in ((0.9, [4]), (0.95, [3, 4]), (0.96, [3, 4]), (0.98, [0, 3, 4])):
+        chosen = select_for_prefill(
+            torch.stack([far, near]), num_far, is_recent, ZipVLConfig(tau=tau)
+        )
+        assert chosen.kept.nonzero().flatten().tolist() == kept
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.1, 1), (0.42, 5), (0.5, 5), (1.0, 10)])
@@ -128,13 +149,17 @@ def test_contexts_side_by_side_choose_as_each_alone(
     num_visible = torch.randint(1, 4, (num_tokens,), generator=generator)
     is_recent = torch.cat([recent(2, length) for length in lengths])
     contexts = Sequences(lengths, torch.device("cpu"))
-    together = stack(select(x, num_visible, is_recent, config, contexts) for x in mass)
+    together = select(mass, num_visible, is_recent, config, contexts)
     capped = cap_selection(together, is_recent, max_kept, contexts)
     for place, own in enumerate(contexts.slices()):
-        alone = stack(select(x[own], num_visible[own], is_recent[own], config) for x in mass)
+        alone = select(mass[:, own], num_visible[own], is_recent[own], config)
         assert torch.equal(together.kept[:, own], alone.kept)
         assert torch.equal(together.num_by_score[:, place, None], alone.num_by_score)
         assert torch.equal(capped[:, own], cap_selection(alone, is_recent[own], max_kept))
+    prefilled = select_for_prefill(mass[:2], num_visible, is_recent, config, contexts)
+    for own in contexts.slices():
+        alone = select_for_prefill(mass[:2, own], num_visible[own], is_recent[own], config)
+        assert torch.equal(prefilled.kept[own], alone.kept)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])

@@ -10,7 +10,7 @@ cache would give back, or marks them absent.
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,17 +87,21 @@ class Choice:
 
     Attributes:
         mass: Raw attention mass, [n]; the count comes from it.
+        covered: Mass that counts whatever is kept.
         scores: What ranks the tokens, [n].
         num: Tokens kept by rank.
         always: Tokens kept in any case, bool [n].
-        kept: Bool [n], or [b] where a prompt is compressed.
+        kept: Bool [n]; where a prompt is compressed, of those tokens.
+        first: The position of the first of them.
     """
 
     mass: torch.Tensor
+    covered: float
     scores: torch.Tensor
     num: int
     always: torch.Tensor
     kept: torch.Tensor
+    first: int = 0
 
 
 @dataclass
@@ -123,7 +127,9 @@ class Layer:
         self.keys = torch.full(shape, math.nan, dtype=model.dtype)
         self.values = torch.full(shape, math.nan, dtype=model.dtype)
         self.present = torch.zeros(capacity, dtype=torch.bool)
-        self.random_mass = torch.zeros(0, dtype=model.dtype)
+        # By pairs of a probe and a token: far ones, near ones.
+        self.random_mass = torch.zeros(2, 0, dtype=model.dtype)
+        self.cache_choice: Choice
         self.random_positions: list[int] = []
         self.key_norm: tuple[torch.Tensor, ...]
 
@@ -182,14 +188,15 @@ def through_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (codes * scale + zero) @ rotation
 
 
-def count(mass: torch.Tensor, config: ZipVLConfig) -> int:
+def count(mass: torch.Tensor, config: ZipVLConfig, covered: float = 0.0) -> int:
     """How many to keep: by `ratio`, or the fewest that carry the share `tau` of the mass."""
     if config.ratio is not None:
         return math.ceil(config.ratio * len(mass))
     if config.tau == 1:
         return len(mass)
     running = mass.sort(descending=True, stable=True).values.cumsum(0)
-    return int((running < config.tau * running[-1]).sum()) + 1
+    wanted = config.tau * (float(running[-1]) + covered) - covered
+    return int((running < wanted).sum()) + 1 if wanted > 0 else 0
 
 
 def top(scores: torch.Tensor, num: int) -> torch.Tensor:
@@ -243,8 +250,14 @@ class Request:
             x = x + model.mlp(f"{name}.mlp", model.norm(f"{name}.post_attention_layernorm", x))
         return model.logits(x[-1])
 
+    @property
+    def head_len(self) -> int:
+        """The blocks of the first `sinks` tokens stay as they are."""
+        return math.ceil(self.config.sinks / self.block_size) * self.block_size
+
     def _num_compressible(self, n: int) -> int:
-        return num_compressible(n, self.config.residual, self.block_size)
+        end = num_compressible(n, self.config.residual, self.block_size)
+        return end if end > self.head_len else 0
 
     def prefill(self, tokens: torch.Tensor, is_last: bool) -> torch.Tensor:
         end = self.num_tokens + len(tokens)
@@ -252,16 +265,13 @@ class Request:
         sparse = config.sparse_prefill and end >= config.min_tokens and len(tokens) > 1
         if is_last and config.compress and self._num_compressible(end):
             self.awaiting = end
-        chooses = sparse or self.awaiting is not None
 
         def attend(index: int, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
             layer = self.layers[index]
-            mass, visible, num_recent = self._probe(layer, rows, queries)
+            prefill_choice, layer.cache_choice = self._probe(layer, rows, queries)
             columns, far = torch.arange(end), None
-            if chooses:
-                choice = self._choose(mass, visible, num_recent)
-                chosen = self._settle(Event("chunk", end, index), choice)
-                far = self._far(chosen, rows) if sparse else None
+            if sparse:
+                far = self._far(self._settle(Event("chunk", end, index), prefill_choice), rows)
             keys, values = layer.keys[:, :end], layer.values[:, :end]
             weights = attention_weights(queries, rows, keys, columns, self.model.scale, far)
             return weighted(weights, values, len(rows))
@@ -280,50 +290,60 @@ class Request:
 
     def _probe(
         self, layer: Layer, rows: torch.Tensor, queries: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Raw mass by token, probes that may see each, and the number of recent probes."""
+    ) -> tuple[Choice, Choice]:
+        """What the chunk attends to beside neighbourhoods, and what the cache keeps so far."""
         config = self.config
         start, n = int(rows[0]), self.num_tokens
         probes = probe_positions(config.seed, start, n, config.probe_recent, config.probe_random)
         columns = torch.arange(n)
 
+        def near(positions: torch.Tensor) -> torch.Tensor:
+            ahead = positions[:, None] - columns
+            return (ahead >= 0) & ((ahead < config.window) | (columns < config.sinks))
+
         def mass_of(positions: list[int]) -> torch.Tensor:
             at = torch.tensor(positions, dtype=torch.long)
             keys = layer.keys[:, :n]
             weights = attention_weights(queries[at - start], at, keys, columns, self.model.scale)
-            return weights.sum((0, 1))
+            weights = weights.unflatten(1, (queries.shape[1] // len(keys), len(at))).sum((0, 1))
+            return torch.stack([(weights * part).sum(0) for part in (~near(at), near(at))])
 
         random = mass_of(probes.random.tolist())
-        random[: len(layer.random_mass)] += layer.random_mass
+        random[:, : layer.random_mass.shape[1]] += layer.random_mass
         layer.random_mass = random
         layer.random_positions += probes.random.tolist()
         mass = random + mass_of(probes.recent.tolist())
         everyone = torch.tensor([*layer.random_positions, *probes.recent.tolist()])
-        visible = (everyone[:, None] >= columns).sum(0)
-        return mass, visible, len(probes.recent)
+        sees = everyone[:, None] >= columns
+        always = columns >= n - len(probes.recent)
+        return (
+            self._choose(mass[0], (sees & ~near(everyone)).sum(0), always, float(mass[1].sum())),
+            self._choose(mass.sum(0), sees.sum(0), always),
+        )
 
-    def _choose(self, mass: torch.Tensor, visible: torch.Tensor, num_recent: int) -> Choice:
-        """The count from raw mass, the tokens by mass per probe that may see them."""
-        num = count(mass, self.config)
-        scores = mass / visible
-        always = torch.arange(len(mass)) >= len(mass) - num_recent
-        return Choice(mass, scores, num, always, top(scores, num) | always)
+    def _choose(
+        self, mass: torch.Tensor, probes: torch.Tensor, always: torch.Tensor, covered: float = 0.0
+    ) -> Choice:
+        """The count from raw mass, the tokens by mass per probe that it may come from."""
+        num = count(mass, self.config, covered)
+        scores = mass / probes.clamp(min=1)
+        return Choice(mass, covered, scores, num, always, top(scores, num) | always)
 
     def _compress_prompt(self, n: int) -> None:
         """Tokens [0, b) by the last chunk's choices, bounded by `max_kept`."""
         end = self._num_compressible(n)
-        choices = [self.choices[Event("chunk", n, i)] for i in range(len(self.layers))]
-        chosen = [self.forced.get(Event("chunk", n, i), c.kept) for i, c in enumerate(choices)]
+        choices = [layer.cache_choice for layer in self.layers]
         budget = self.config.max_kept * n * len(choices)
         factor = min(1.0, budget / sum(choice.num for choice in choices))
-        exceeded = sum(int(kept.sum()) for kept in chosen) > budget
-        for i, (choice, kept) in enumerate(zip(choices, chosen, strict=True)):
-            num = choice.num
+        exceeded = sum(int(choice.kept.sum()) for choice in choices) > budget
+        for i, choice in enumerate(choices):
+            num, kept = choice.num, choice.kept
             if exceeded:
                 num = math.floor(num * factor)
                 kept = top(choice.scores, num) | choice.always
-            mine = Choice(choice.mass, choice.scores, num, choice.always, kept[:end])
-            self._compress(i, 0, end, self._settle(Event("prompt", end, i), mine))
+            start = self.head_len
+            mine = replace(choice, num=num, kept=kept[start:end], first=start)
+            self._compress(i, start, end, self._settle(Event("prompt", end, i), mine))
         self.compressed_len = end
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
@@ -333,7 +353,7 @@ class Request:
         """
         config = self.config
         n = self.num_tokens + 1
-        first, last = self.compressed_len, self._num_compressible(n)
+        first, last = max(self.compressed_len, self.head_len), self._num_compressible(n)
         due = config.compress and n - first >= config.interval + config.residual and last > first
         due = due and self.awaiting is None
 
@@ -346,7 +366,7 @@ class Request:
                 mass = weights.sum((0, 1))[first:last]
                 num = count(mass, config)
                 never = torch.zeros(last - first, dtype=torch.bool)
-                choice = Choice(mass, mass, num, never, top(mass, num))
+                choice = Choice(mass, 0.0, mass, num, never, top(mass, num))
                 # Applied after the step; nothing of it is read before the next one.
                 self._compress(index, first, last, self._settle(Event("tail", last, index), choice))
             return out
@@ -365,9 +385,9 @@ class Request:
 
     def _compress(self, index: int, start: int, end: int, kept: torch.Tensor) -> None:
         layer = self.layers[index]
-        if start == 0:
+        if start == self.head_len:
             # Of the request's first compression, kept or not; later ones use it too.
-            norm = torch.std_mean(layer.keys[:, :end], dim=1, correction=0, keepdim=True)
+            norm = torch.std_mean(layer.keys[:, start:end], dim=1, correction=0, keepdim=True)
             layer.key_norm = tuple(self._shake(x).half().to(x.dtype) for x in norm)
         std, mean = layer.key_norm
         for mask, bits in ((kept, self.config.high_bits), (~kept, self.config.low_bits)):

@@ -7,6 +7,7 @@ rounding must have been able to tip just these tokens.
 """
 
 import json
+import math
 import multiprocessing
 import random
 import shutil
@@ -135,7 +136,7 @@ class Recorder:
 
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self.kept: dict[str, dict[Event, torch.Tensor]] = {}
-        batches, choose = PromptSelector.batches, PromptSelector._choose
+        batches, select = PromptSelector.batches, PromptSelector.select
         take_single = PromptSelector.take_single
         kept_of_prompts = ZipVLWorker._kept_of_prompts
         kept_of_tails = ZipVLWorker._kept_of_tails
@@ -149,11 +150,13 @@ class Recorder:
             self.chunks.setdefault(chunk.request_id, []).append((chunk.start, chunk.end))
             return take_single(selector, chunk, *args)
 
-        def noting_choose(selector, batch, layer, *args):
-            choose(selector, batch, layer, *args)
-            kept = batch.choices.layers[layer].kept.split(batch.rows.contexts.lengths)
-            for chunk, mask in zip(batch.chunks, kept, strict=True):
-                self._note(chunk.request_id, Event("chunk", chunk.end, layer), mask)
+        def noting_select(selector, layer, batch, *args):
+            kept = select(selector, layer, batch, *args)
+            if kept is not None:
+                parts = kept.split(batch.rows.contexts.lengths)
+                for chunk, mask in zip(batch.chunks, parts, strict=True):
+                    self._note(chunk.request_id, Event("chunk", chunk.end, layer), mask)
+            return kept
 
         def noting_kept_of_prompts(worker, plans, moves):
             kept = kept_of_prompts(worker, plans, moves)
@@ -167,7 +170,7 @@ class Recorder:
 
         monkeypatch.setattr(PromptSelector, "batches", noting_batches)
         monkeypatch.setattr(PromptSelector, "take_single", noting_single)
-        monkeypatch.setattr(PromptSelector, "_choose", noting_choose)
+        monkeypatch.setattr(PromptSelector, "select", noting_select)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_prompts", noting_kept_of_prompts)
         monkeypatch.setattr(ZipVLWorker, "_kept_of_tails", noting_kept_of_tails)
 
@@ -271,31 +274,38 @@ class Bounds:
 
     def counts(self, event: Event) -> tuple[int, int]:
         """Fewest and most tokens that the count rule may ask for."""
-        truth = self.truth[event]
         if event.kind == "prompt":
             return self._scaled_counts(event)
+        return self._unscaled_counts(event)
+
+    def _unscaled_counts(self, event: Event) -> tuple[int, int]:
+        truth, eager = self.truth[event], self.eager[event]
         if self.config.ratio is not None:
-            return truth.num, truth.num
+            num = math.ceil(self.config.ratio * len(truth.mass))
+            return num, num
         running, rounded = (
-            choice.mass.sort(descending=True).values.cumsum(0)
-            for choice in (truth, self.eager[event])
+            choice.mass.sort(descending=True).values.cumsum(0) for choice in (truth, eager)
         )
-        slack = FACTOR * (running - rounded).abs().max() + EPS * running[-1]
-        target = self.config.tau * running[-1]
-        fewest = int((running < target - slack).sum()) + 1
-        most = int((running < target + slack).sum()) + 1
-        return fewest, min(most, len(running))
+        total = running[-1] + truth.covered
+        slack = FACTOR * (running - rounded).abs().max() + EPS * total
+        slack += abs(truth.covered - eager.covered)
+        target = self.config.tau * total - truth.covered
+        fewest, most = (
+            int((running < goal).sum()) + 1 if goal > 0 else 0
+            for goal in (target - slack, target + slack)
+        )
+        return min(fewest, len(running)), min(most, len(running))
 
     def _scaled_counts(self, event: Event) -> tuple[int, int]:
         """The bound `max_kept` scales the counts of all layers by one factor."""
-        ends = [e for e in self.truth if e.kind == "chunk"]
-        last = [e for e in ends if e.end == ends[-1].end]
-        n, mine = ends[-1].end, last[event.layer]
-        fewest, most = self.counts(mine)
-        if self.truth[event].num == self.truth[mine].num:
+        layers = [e for e in self.truth if e.kind == "prompt"]
+        bounds = [self._unscaled_counts(e) for e in layers]
+        fewest, most = bounds[layers.index(event)]
+        if fewest <= self.truth[event].num <= most:
             return fewest, most
-        sums = [sum(side) for side in zip(*map(self.counts, last), strict=True)]
-        budget = self.config.max_kept * n * len(last)
+        n = len(self.truth[event].mass)
+        sums = [sum(side) for side in zip(*bounds, strict=True)]
+        budget = self.config.max_kept * n * len(layers)
         return int(fewest * budget / sums[1]), int(most * budget / sums[0])
 
     def undecided(self, event: Event) -> torch.Tensor:
@@ -304,12 +314,14 @@ class Bounds:
         fewest, most = self.counts(event)
         ranked = truth.scores.sort(descending=True).values
         relevant = truth.scores >= ranked[min(most, len(ranked) - 1)] / 2
+        # What no probe finds from afar has a score of exactly 0 in both.
+        relevant &= truth.scores > 0
         error = ((eager.scores - truth.scores).abs() / truth.scores)[relevant].max()
         error = FACTOR * error + EPS
         first_out = ranked[fewest] if fewest < len(ranked) else -1.0
         last_in = ranked[most - 1] if most else torch.inf
         tied = (truth.scores <= first_out * (1 + error)) & (truth.scores >= last_in * (1 - error))
-        return (tied & ~truth.always)[: len(truth.kept)]
+        return (tied & ~truth.always)[truth.first :][: len(truth.kept)]
 
 
 class Stretch(NamedTuple):

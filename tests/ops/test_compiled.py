@@ -114,7 +114,7 @@ def test_probe_scores(compiled, tmp_path) -> None:
 
     queries, keys = torch.zeros(128, 28, 128), torch.zeros(256, 4, 256)[..., :128]
     places = ProbePlaces(torch.arange(128), torch.arange(128) < 64, one(128))
-    probe_scores(queries.bfloat16(), places, keys.bfloat16(), one(256), 0.1)
+    probe_scores(queries.bfloat16(), places, keys.bfloat16(), one(256), 0.1, 64, 4)
     check(compiled, 2, tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_sizes_of_steps_share_one_kernel(compiled) -> None:
         for blocks in (table, rows):
             gather_kv(caches[0], blocks, sequences)
         places = ProbePlaces(sequences.positions, sequences.positions < 3, sequences)
-        probe_scores(query, places, kv, sequences, 0.1)
+        probe_scores(query, places, kv, sequences, 0.1, 64, 4)
         chunks, kept = Chunks(lengths, lengths, CPU), torch.ones(num_tokens, dtype=torch.bool)
         prefill_attention(query, kv, kv, chunks, 0.1)
         among_kept = attend_among_kept(query, kv, kv, kept, chunks, 0.1)

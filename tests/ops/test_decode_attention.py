@@ -33,18 +33,19 @@ if INTERPRETED:
 
 
 class Row(NamedTuple):
-    """Tokens of a row: kept pages, rest pages, dense tail; evicted ones are nowhere."""
+    """Tokens of a row: kept pages, rest pages, dense tail and head; evicted ones are nowhere."""
 
     kept: int
     rest: int
     tail: int
+    head: int = 0
 
 
-LONG = Row(30, 130, 40) if INTERPRETED else Row(275, 685, 40)
+LONG = Row(30, 130, 40, 32) if INTERPRETED else Row(275, 685, 40, 80)
 HEADS = [(6, 2)] if INTERPRETED else [(28, 4), (8, 8), (32, 8)]
 ROWS = (
-    Row(0, 0, 1), Row(7, 9, 47), Row(20, 44, 47), LONG, Row(0, 64, 33),
-    Row(64, 0, 16), Row(30, 34, 0),
+    Row(0, 0, 1), Row(7, 9, 47), Row(20, 44, 47, 16), LONG, Row(0, 64, 33),
+    Row(64, 0, 16, 64), Row(30, 34, 0), Row(30, 34, 0, 16),
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ class Memory:
             held = torch.cat([key * norm[1].double() + norm[0].double(), value], dim=-1)
         return ids, held
 
-    def put_tail(self, kv: torch.Tensor) -> torch.Tensor:
+    def put_dense(self, kv: torch.Tensor) -> torch.Tensor:
         """Write tokens to dense blocks; returns the blocks."""
         ids = torch.tensor([self.blocks.pop() for _ in range(-(-len(kv) // BLOCK_SIZE))])
         slots = (ids.long()[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[: len(kv)]
@@ -105,7 +106,7 @@ class Memory:
 def num_blocks_of(shape: tuple[Row, ...], geometry: PageGeometry) -> int:
     """Blocks that rows of the given shape take at most, and one that nobody uses."""
     pages = [geometry.max_pages_per_layer(row.kept + row.rest) for row in shape]
-    tails = [row.tail // BLOCK_SIZE + 1 for row in shape]
+    tails = [row.tail // BLOCK_SIZE + row.head // BLOCK_SIZE + 1 for row in shape]
     # Kept tokens and the rest are in blocks of their own.
     return sum(geometry.num_blocks(n) + 1 for n in pages) + sum(tails) + 1
 
@@ -133,15 +134,16 @@ def make_case(
     for row, counts in enumerate(shape):
         slot = int(slots[row])
         kv = torch.randn(sum(counts), heads[0], 2 * heads[1]).to(dtype)
-        kept, rest, tail = kv.split(list(counts))
+        kept, rest, tail, head = kv.split(list(counts))
         kept_ids, kept = memory.put_pages(kept, geometry.high_bits, norms[slot])
         rest_ids, rest = memory.put_pages(rest, geometry.low_bits, norms[slot])
         page_table[slot, : len(kept_ids)] = kept_ids
         page_table[slot, width - len(rest_ids) :] = rest_ids.flip(0)
-        starts.append(-(-(counts.kept + counts.rest) // BLOCK_SIZE) * BLOCK_SIZE)
-        blocks = memory.put_tail(tail)
-        block_table[row, starts[-1] // BLOCK_SIZE :][: len(blocks)] = blocks
-        truth.append(torch.cat([kept, rest, tail.double()]))
+        starts.append(-(-(counts.head + counts.kept + counts.rest) // BLOCK_SIZE) * BLOCK_SIZE)
+        for part, first in ((head, 0), (tail, starts[-1] // BLOCK_SIZE)):
+            blocks = memory.put_dense(part)
+            block_table[row, first : first + len(blocks)] = blocks
+        truth.append(torch.cat([kept, rest, tail.double(), head.double()]))
     page_counts = torch.zeros(num_rows, 2, dtype=torch.int32)
     for row, counts in enumerate(shape):
         rest = counts.rest if geometry.low_bits else 0
@@ -150,7 +152,8 @@ def make_case(
         memory.kv_cache, memory.heap, page_table, page_counts, block_table, geometry, norms
     )
     lengths = torch.tensor(starts) + torch.tensor([counts.tail for counts in shape])
-    rows = (slots, torch.arange(num_rows), torch.tensor(starts), lengths)
+    heads_in_rows = torch.tensor([counts.head for counts in shape])
+    rows = (slots, torch.arange(num_rows), heads_in_rows, torch.tensor(starts), lengths)
     return Case(context, DecodeRows(*(column.int() for column in rows)), truth)
 
 
@@ -355,7 +358,7 @@ def test_rows_do_not_touch_each_other() -> None:
     geometry = PageGeometry(NUM_LAYERS, 2, 64, 2, BLOCK_SIZE, 4, 2)
     case = make_case(geometry, torch.bfloat16, ROWS)
     query = torch.randn(len(ROWS), 8, 64).bfloat16()
-    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    order = torch.tensor([3, 0, 6, 2, 7, 5, 1, 4])
     out, shuffled = torch.empty_like(query), torch.empty_like(query)
     decode_attention(query, case.context, case.rows, 0.1, out)
     rows = DecodeRows(*(column[order] for column in case.rows))

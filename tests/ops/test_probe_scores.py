@@ -34,6 +34,8 @@ def check_mass(
     head_size: int,
     dtype: torch.dtype,
     num_probes: tuple[int, int],
+    window: int = 7,
+    sinks: int = 2,
 ) -> None:
     """Of so many random and recent probes, or fewer where there are not as many tokens."""
     seed(num_tokens)
@@ -43,15 +45,20 @@ def check_mass(
     queries = torch.randn(len(positions), heads[0], head_size).to(dtype)
     keys = torch.randn(num_tokens, heads[1], head_size).to(dtype)
     probes, scale = places(positions, len(random)), head_size**-0.5
-    found = probe_scores(queries, probes, keys, lengths(num_tokens), scale)
+    found = probe_scores(queries, probes, keys, lengths(num_tokens), scale, window, sinks)
+    tokens = torch.arange(num_tokens)
+    near = (positions[:, None] - tokens < window) | (tokens < sinks)
     exact = truth(queries, positions, keys, scale, torch.float64)
     same = truth(queries, positions, keys, scale, torch.float32)
-    for mass, part in zip(found, (slice(len(random)), slice(len(random), None)), strict=True):
-        assert mass.dtype == torch.float32
-        expected = exact[part].sum(0)
-        rounding = torch.finfo(torch.float32).eps * len(positions) * heads[0]
-        budget = 4 * (same[part].sum(0) - expected).abs().max() + rounding * expected.max()
-        assert ((mass.double() - expected).abs() <= budget).all()
+    assert found.dtype == torch.float32
+    for of_class, part in zip(found, (slice(len(random)), slice(len(random), None)), strict=True):
+        for mass, pairs in zip(of_class, (~near, near), strict=True):
+            expected = (exact * pairs)[part].sum(0)
+            rounding = torch.finfo(torch.float32).eps * len(positions) * heads[0]
+            error = ((same * pairs)[part].sum(0) - expected).abs().max()
+            budget = 4 * error + rounding * expected.max()
+            assert ((mass.double() - expected).abs() <= budget).all()
+            assert not mass[~pairs[part].any(0)].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -59,6 +66,12 @@ def check_mass(
 @pytest.mark.parametrize("num_tokens", [1, 63, 111, 300 if INTERPRETED else 1000])
 def test_mass_matches_fp64(num_tokens: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
     check_mass(num_tokens, heads, 64, dtype, (7, 10))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (1, 0), (0, 5), (40, 3), (400, 0), (3, 400)])
+@pytest.mark.parametrize("num_tokens", [5, 150])
+def test_mass_of_any_neighbourhood(num_tokens: int, window: int, sinks: int) -> None:
+    check_mass(num_tokens, (6, 2), 32, torch.float32, (9, 12), window, sinks)
 
 
 def test_contexts_side_by_side_are_as_each_alone() -> None:
@@ -77,13 +90,13 @@ def test_contexts_side_by_side_are_as_each_alone() -> None:
         torch.cat([one.is_random for one in alone]),
         lengths(*num_probes),
     )
-    found = probe_scores(queries, together, keys, lengths(*contexts), 0.2)
+    found = probe_scores(queries, together, keys, lengths(*contexts), 0.2, 7, 2)
     own = zip(
-        alone, queries.split(num_probes), keys.split(contexts), found.split(contexts, dim=1),
+        alone, queries.split(num_probes), keys.split(contexts), found.split(contexts, dim=2),
         strict=True,
     )  # fmt: skip
     for probes, q, k, mass in own:
-        expected = probe_scores(q, probes, k, lengths(len(k)), 0.2)
+        expected = probe_scores(q, probes, k, lengths(len(k)), 0.2, 7, 2)
         assert torch.allclose(mass, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -91,7 +104,8 @@ def test_a_probe_sees_nothing_after_itself() -> None:
     keys = torch.full((100, 2, 16), 1e4)
     keys[:41] = torch.randn(41, 2, 16)
     probes = places(torch.tensor([20, 40]), 1)
-    random, recent = probe_scores(torch.rand(2, 4, 16), probes, keys, lengths(100), 0.25)
+    mass = probe_scores(torch.rand(2, 4, 16), probes, keys, lengths(100), 0.25, 7, 2)
+    random, recent = mass.sum(1)
     assert not random[21:].any()
     assert not recent[41:].any()
     assert torch.allclose(random.sum(), torch.tensor(4.0))
@@ -100,4 +114,4 @@ def test_a_probe_sees_nothing_after_itself() -> None:
 def test_heads_must_share_kv_heads_evenly() -> None:
     with pytest.raises(ValueError, match="num_heads 6 must be a multiple of num_kv_heads 4"):
         probes = places(torch.tensor([0]), 0)
-        probe_scores(torch.rand(1, 6, 16), probes, torch.rand(1, 4, 16), lengths(1), 1.0)
+        probe_scores(torch.rand(1, 6, 16), probes, torch.rand(1, 4, 16), lengths(1), 1.0, 7, 2)

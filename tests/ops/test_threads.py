@@ -30,7 +30,7 @@ def decode() -> None:
     counts, norms = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, 1, 64).half()
     context = CachedContext(cache, heap, zero[None], counts, zero[None], GEOMETRY, norms)
     decode_attention(
-        torch.zeros(1, 1, 64), context, DecodeRows(*[zero] * 4), 1.0, torch.empty(1, 1, 64)
+        torch.zeros(1, 1, 64), context, DecodeRows(*[zero] * 5), 1.0, torch.empty(1, 1, 64)
     )
 
 

@@ -131,10 +131,12 @@ def _rows(
 ) -> DecodeRows:
     """Rows that are nobody's attend to nothing."""
     assert worker.heap is not None
+    tail_starts = worker.heap.tables.compressed_lens[slots]
     return DecodeRows(
         slots=slots,
         rows=rows,
-        tail_starts=worker.heap.tables.compressed_lens[slots],
+        head_lens=tail_starts.clamp(max=worker.rules.head_len),
+        tail_starts=tail_starts,
         context_lens=torch.where(slots != worker.nobody, context_lens, 0),
     )
 

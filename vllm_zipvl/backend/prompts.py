@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from vllm_zipvl.backend.runs import runs_of
-from vllm_zipvl.core.probes import Probes, num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import Selection, cap_selection, select, stack
+from vllm_zipvl.config import ZipVLConfig
+from vllm_zipvl.core.probes import Probes, num_far_probes, num_visible_probes, probe_positions
+from vllm_zipvl.core.selection import cap_selection, select, select_for_prefill
 from vllm_zipvl.core.sequences import Chunks, Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
@@ -34,42 +35,51 @@ class PromptState:
     Attributes:
         chunk: The newest chunk.
         random_positions: Random probes of the earlier chunks.
-        random_mass: Per layer, their attention mass, float32 [tokens so far].
+        random_mass: Per layer, their attention mass, far and near, float32 [2, tokens so far].
         waiting: Per layer, queries of the last chunk's probes, [num_probes, num_heads, head_size].
-        chosen: What the batch of the last chunk chose, and the prompt's place there.
+        probed: What the batch of the last chunk probed, and the prompt's place there.
     """
 
     chunk: ChunkPlan
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: dict[int, torch.Tensor] = field(default_factory=dict)
     waiting: dict[int, torch.Tensor] = field(default_factory=dict)
-    chosen: "tuple[Choices, int] | None" = None
+    probed: "tuple[ProbedMass, int] | None" = None
 
 
-class Choices:
-    """What a batch chose; prompts hold it until they are compressed.
+class ProbedMass:
+    """Attention mass of a batch's tokens; prompts hold it until they are compressed.
 
     Attributes:
-        layers: Per layer, the selection.
+        layers: Per layer, float32 [num_tokens].
 
     Args:
+        num_visible: Probes that may see each token, float32 [num_tokens].
         is_recent: The recent probes, bool [num_tokens].
         contexts: Whose tokens they are.
-        max_kept: As in the settings.
+        config: How the cache chooses.
     """
 
-    def __init__(self, is_recent: torch.Tensor, contexts: Sequences, max_kept: float) -> None:
-        self.layers: dict[int, Selection] = {}
+    def __init__(
+        self,
+        num_visible: torch.Tensor,
+        is_recent: torch.Tensor,
+        contexts: Sequences,
+        config: ZipVLConfig,
+    ) -> None:
+        self.layers: dict[int, torch.Tensor] = {}
+        self._num_visible = num_visible
         self._is_recent = is_recent
         self._contexts = contexts
-        self._max_kept = max_kept
+        self._config = config
 
     @cached_property
     def masks(self) -> tuple[torch.Tensor, ...]:
         """What the cache keeps of each prompt, bool [num_layers, its tokens]."""
-        selection = stack(self.layers[layer] for layer in sorted(self.layers))
-        kept = cap_selection(selection, self._is_recent, self._max_kept, self._contexts)
-        return kept.split(self._contexts.lengths, dim=1)
+        mass, contexts = torch.stack([self.layers[i] for i in sorted(self.layers)]), self._contexts
+        chosen = select(mass, self._num_visible, self._is_recent, self._config, contexts)
+        kept = cap_selection(chosen, self._is_recent, self._config.max_kept, contexts)
+        return kept.split(contexts.lengths, dim=1)
 
 
 class PromptBatch:
@@ -124,8 +134,17 @@ class PromptBatch:
     @cached_property
     def num_visible(self) -> torch.Tensor:
         """How many probes may see each token, those of earlier chunks too, float32 [num_tokens]."""
+        return self._count_probes(num_visible_probes)
+
+    @cached_property
+    def num_far(self) -> torch.Tensor:
+        """As `num_visible`, of probes that do not have the token near."""
+        config = self._rules.config
+        return self._count_probes(num_far_probes, config.window, config.sinks)
+
+    def _count_probes(self, count: Callable[..., np.ndarray], *neighbourhood: int) -> torch.Tensor:
         counts = [
-            num_visible_probes(np.concatenate([prompt.random_positions, *own]), prompt.chunk.end)
+            count(np.concatenate([prompt.random_positions, *own]), prompt.chunk.end, *neighbourhood)
             for prompt, own in zip(self.prompts, self._positions, strict=True)
         ]
         return to_device(np.concatenate(counts), self._device, torch.float32)
@@ -140,9 +159,10 @@ class PromptBatch:
         return to_device(np.concatenate(masks), self._device)
 
     @cached_property
-    def choices(self) -> Choices:
-        """What they choose, layer by layer."""
-        return Choices(self.is_recent, self.rows.contexts, self._rules.config.max_kept)
+    def probed(self) -> ProbedMass:
+        """What their probes find, layer by layer."""
+        contexts, config = self.rows.contexts, self._rules.config
+        return ProbedMass(self.num_visible, self.is_recent, contexts, config)
 
 
 def _probes_of(chunk: ChunkPlan, rules: CacheRules) -> Probes:
@@ -215,14 +235,14 @@ class PromptSelector:
             for run in runs_of(prompts, _context_len, self._max_tokens):
                 batches.append(PromptBatch(kind, run, self.rules, device))
                 if kind is Kind.SPARSE and not self._needs_no_scores:
-                    self._keep_choices(batches[-1])
+                    self._keep_mass(batches[-1])
         return batches
 
-    def _keep_choices(self, batch: PromptBatch) -> None:
-        """Leave what the batch will choose to the prompts that are compressed after it."""
+    def _keep_mass(self, batch: PromptBatch) -> None:
+        """Leave what the batch will probe to the prompts that are compressed after it."""
         for place, prompt in enumerate(batch.prompts):
             if self._is_compressed_after(prompt.chunk):
-                prompt.chosen = batch.choices, place
+                prompt.probed = batch.probed, place
 
     def select(
         self, layer: int, batch: PromptBatch, query: torch.Tensor, key: torch.Tensor, scale: float
@@ -252,8 +272,11 @@ class PromptSelector:
         mass = self._accumulate_mass(batch, layer, probes, key, scale)
         if batch.kind is Kind.PROBING:
             return None
-        self._choose(batch, layer, mass)
-        return batch.choices.layers[layer].kept
+        batch.probed.layers[layer] = mass.sum(0)
+        chosen = select_for_prefill(
+            mass, batch.num_far, batch.is_recent, self.config, batch.rows.contexts
+        )
+        return chosen.kept
 
     def take_single(self, chunk: ChunkPlan, queries: torch.Tensor) -> None:
         """As `select`, after the fact, for a chunk of one token.
@@ -265,11 +288,6 @@ class PromptSelector:
         if self._is_compressed_after(chunk):
             self._prompt_of(chunk).waiting = dict(enumerate(queries[:, None]))
 
-    def _choose(self, batch: PromptBatch, layer: int, mass: torch.Tensor) -> None:
-        batch.choices.layers[layer] = select(
-            mass, batch.num_visible, batch.is_recent, self.config, batch.rows.contexts
-        )
-
     def _accumulate_mass(
         self,
         batch: PromptBatch,
@@ -278,16 +296,19 @@ class PromptSelector:
         key: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Mass of the chunks' probes and of earlier chunks' random ones, float32 [num_tokens]."""
-        contexts = batch.rows.contexts
-        mass = probe_scores(probes, batch.probes, key, contexts, scale)
+        """Mass of the chunks' probes and of earlier chunks' random ones.
+
+        Far and near, float32 [2, num_tokens].
+        """
+        contexts, near = batch.rows.contexts, (self.config.window, self.config.sinks)
+        mass = probe_scores(probes, batch.probes, key, contexts, scale, *near)
         random, recent = self._sum_over_ranks(mass)
         for prompt, tokens in zip(batch.prompts, contexts.slices(), strict=True):
             earlier = prompt.random_mass.pop(layer, None)
             if earlier is not None:
-                random[tokens][: len(earlier)] += earlier
+                random[:, tokens][:, : earlier.shape[1]] += earlier
             if not prompt.chunk.ends_prompt:
-                prompt.random_mass[layer] = random[tokens]
+                prompt.random_mass[layer] = random[:, tokens]
         return random + recent
 
     def finish_chunk(self, chunk: ChunkPlan) -> None:
@@ -321,12 +342,12 @@ class PromptSelector:
         for run in runs_of(waiting, _context_len, self._max_tokens):
             device = run[0].waiting[0].device
             batch = PromptBatch(Kind.WAITING, run, self.rules, device)
-            self._keep_choices(batch)
+            self._keep_mass(batch)
             keys_of = keys([prompt.chunk.slot for prompt in run], batch.rows.contexts)
             for layer in run[0].waiting:
                 probes = torch.cat([prompt.waiting[layer] for prompt in run])
                 mass = self._accumulate_mass(batch, layer, probes, keys_of(layer), scale)
-                self._choose(batch, layer, mass)
+                batch.probed.layers[layer] = mass.sum(0)
 
     def take_masks(self, slot: int, num_layers: int, device: torch.device) -> torch.Tensor:
         """What the layers keep of a complete prompt, bool [num_layers, num_tokens].
@@ -339,6 +360,6 @@ class PromptSelector:
         prompt = self._prompts.pop(slot)
         if self._needs_no_scores:
             return torch.ones(num_layers, prompt.chunk.end, dtype=torch.bool, device=device)
-        assert prompt.chosen is not None
-        choices, place = prompt.chosen
-        return choices.masks[place]
+        assert prompt.probed is not None
+        probed, place = prompt.probed
+        return probed.masks[place]

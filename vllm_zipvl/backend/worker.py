@@ -134,9 +134,9 @@ class ZipVLWorker:
         key, value = gather_kv(kv_cache, zero[None], one).chunk(2, dim=-1)
         store_kv(key, value, kv_cache, zero[:0].long())
         probe = ProbePlaces(zero.long(), zero.bool(), one)
-        probe_scores(query[:1], probe, key, one, 1.0)
-        prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
         near = self.config.window, self.config.sinks
+        probe_scores(query[:1], probe, key, one, 1.0, *near)
+        prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
         sparse_prefill_attention(query[:1], key, value, zero == 0, 1.0, *near, prefill_kernel)
         if self._tail_probes is not None:
             queries, lse = self._tail_probes.queries[:, :1], self._tail_probes.lse[:, :1]
@@ -259,7 +259,7 @@ class ZipVLWorker:
 
     def _kept_of_prompts(self, plans: Sequence[CompressionPlan], moves: Moves) -> torch.Tensor:
         """What their selections keep of the plans' tokens, bool [num_layers, num_tokens]."""
-        blocks = {plan.slot: plan.dense_block_ids for plan in plans}
+        blocks = {plan.slot: plan.head_block_ids + plan.dense_block_ids for plan in plans}
 
         def keys(slots: list[int], contexts: Sequences) -> Callable[[int], torch.Tensor]:
             table = table_to_device([blocks[slot] for slot in slots], self.slot_of_block.device)
@@ -274,8 +274,8 @@ class ZipVLWorker:
         num_layers, device = self.geometry.num_layers, self.slot_of_block.device
         masks = [self.prompts.take_masks(plan.slot, num_layers, device) for plan in plans]
         assert [mask.shape[1] for mask in masks] == [plan.context_len for plan in plans]
-        parts = zip(masks, moves.contexts.lengths, strict=True)
-        return torch.cat([mask[:, :length] for mask, length in parts], dim=1)
+        parts = zip(masks, plans, strict=True)
+        return torch.cat([mask[:, plan.start : plan.end] for mask, plan in parts], dim=1)
 
     def _kept_of_tails(self, plans: Sequence[CompressionPlan], moves: Moves) -> torch.Tensor:
         """The count rule within each tail, on this step's attention over its whole context."""

@@ -55,9 +55,10 @@ def moves_of_plans(plans: Sequence[CompressionPlan], device: torch.device) -> Mo
         slots=to_device([plan.slot for plan in plans], device),
         block_table=table_to_device([plan.dense_block_ids for plan in plans], device),
         contexts=Sequences([plan.end - plan.start for plan in plans], device),
+        ends=to_device([plan.end for plan in plans], device, torch.int32),
         heap_block_ids=[plan.heap_block_ids for plan in plans],
         first_pages=to_device([plan.first_page for plan in plans], device),
-        is_first=[plan.start == 0 for plan in plans],
+        is_first=[plan.is_first for plan in plans],
     )
 
 

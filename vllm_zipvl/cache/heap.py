@@ -24,7 +24,8 @@ class HeapTables:
             the rest's from the right end.
         page_counts: int32 [num_layers, num_slots, 2], tokens in pages: kept, rest.
         key_norms: float16 [num_layers, num_slots, 2, num_kv_heads, head_size].
-        compressed_lens: int32 [num_slots], tokens that are in pages or evicted.
+        compressed_lens: int32 [num_slots], where the tokens end that are in pages or evicted; 0
+            for none.
 
     Args:
         geometry: Shapes of pages.
@@ -58,6 +59,7 @@ class Moves(NamedTuple):
         slots: The requests' slots, int64 [num_requests].
         block_table: Dense blocks of each one's tokens, integers [num_requests, any].
         contexts: How many tokens each moves.
+        ends: Where they end in their requests, int32 [num_requests].
         heap_block_ids: Each one's heap blocks, whose pages fill in this order.
         first_pages: The first of their pages that is not in use yet, int64 [num_requests].
         is_first: Whether these are its first tokens: a request's pages are read with one set of
@@ -67,6 +69,7 @@ class Moves(NamedTuple):
     slots: torch.Tensor
     block_table: torch.Tensor
     contexts: Sequences
+    ends: torch.Tensor
     heap_block_ids: list[list[int]]
     first_pages: torch.Tensor
     is_first: list[bool]
@@ -117,7 +120,7 @@ class PageHeap:
             self.memory, tables.page_table, moves.slots, before, tables.key_norms, self.geometry
         )
         write_tokens(kv_caches, moves.block_table, contexts, kept, page_tables, moves.is_first)
-        tables.compressed_lens.index_add_(0, moves.slots, lengths)
+        tables.compressed_lens.index_copy_(0, moves.slots, moves.ends)
         return num_pages
 
     def take_pages(self, moves: Moves, num_new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ class HeapState:
         blocks: Heap blocks, in the order in which their pages fill.
         prompt_len: Tokens to compute before decoding starts; None until admission.
         prompt_end: Tokens computed when the prompt was complete; None before.
-        compressed_len: Tokens that reports confirmed to be in pages.
+        compressed_len: Where the tokens end that reports confirmed to be in pages; 0 for none.
         prompt_is_compressed: Whether the prompt's compression is confirmed or not needed.
         num_pages: Pages in use, by the last report.
         pending: The compression whose report is awaited.
@@ -115,7 +115,7 @@ class ZipVLManager(FullAttentionManager):
         end = self._interval_end(state, num_tokens)
         if end is None:
             return 0
-        num_new = end - state.compressed_len
+        num_new = end - self._next_start(state)
         return self.geometry.max_new_pages(num_new, max_high=num_new)
 
     def get_num_blocks_to_allocate(
@@ -187,6 +187,10 @@ class ZipVLManager(FullAttentionManager):
         slots, self._new_slots = self._new_slots, []
         return slots
 
+    def _next_start(self, state: HeapState) -> int:
+        """The first token of the next compression."""
+        return max(state.compressed_len, self.rules.head_len)
+
     def _interval_end(self, state: HeapState, num_tokens: int) -> int | None:
         if not state.prompt_is_compressed or state.pending is not None:
             return None
@@ -229,20 +233,23 @@ class ZipVLManager(FullAttentionManager):
         context_len: int,
         is_prompt: bool,
     ) -> CompressionPlan:
-        first, last = state.compressed_len // self.block_size, cdiv(context_len, self.block_size)
-        dense = self.req_to_blocks[request_id][first:last]
+        start = self._next_start(state)
+        first, last = start // self.block_size, cdiv(context_len, self.block_size)
+        blocks = [block.block_id for block in self.req_to_blocks[request_id][:last]]
         assert state.slot is not None
         state.pending = CompressionPlan(
             plan_id=next(self._plan_ids),
             request_id=request_id,
             slot=state.slot,
-            start=state.compressed_len,
+            start=start,
             end=end,
             context_len=context_len,
             is_prompt=is_prompt,
-            dense_block_ids=[block.block_id for block in dense],
+            head_block_ids=blocks[:first] if is_prompt else [],
+            dense_block_ids=blocks[first:],
             heap_block_ids=[block.block_id for block in state.blocks],
             first_page=state.num_pages,
+            is_first=state.compressed_len == 0,
         )
         self.unreported[state.pending.plan_id] = state
         return state.pending
@@ -269,7 +276,7 @@ class ZipVLManager(FullAttentionManager):
         first, last = plan.start // self.block_size, plan.end // self.block_size
         moved = self.req_to_blocks[plan.request_id][first:last]
         num_freed = sum(block.ref_cnt == 1 for block in moved)
-        self._remove_blocks_in_range(plan.request_id, 0, last)
+        self._remove_blocks_in_range(plan.request_id, first, last)
         self._free_unused_reserve(state)
         return plan, num_freed
 

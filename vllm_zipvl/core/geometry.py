@@ -136,5 +136,5 @@ class PageGeometry:
 
 
 def num_compressible(num_tokens: int, residual: int, block_size: int) -> int:
-    """Tokens [0, b) of a context that are compressed: whole blocks, `residual` stay dense."""
+    """Where the compressed tokens of a context end: whole blocks, `residual` stay dense."""
     return max(0, num_tokens - residual) // block_size * block_size

@@ -63,3 +63,12 @@ def num_visible_probes(positions: np.ndarray, num_tokens: int) -> np.ndarray:
     """For every token j < `num_tokens`, the number of probe `positions` at or after j (int64)."""
     hits = np.bincount(positions, minlength=num_tokens)[:num_tokens]
     return np.cumsum(hits[::-1])[::-1].copy()
+
+
+def num_far_probes(positions: np.ndarray, num_tokens: int, window: int, sinks: int) -> np.ndarray:
+    """As `num_visible_probes`, of those alone in whose neighbourhood the token is not."""
+    far = np.zeros(num_tokens, dtype=np.int64)
+    if window < num_tokens:
+        far[: num_tokens - window] = num_visible_probes(positions, num_tokens)[window:]
+    far[:sinks] = 0
+    return far

@@ -1,11 +1,12 @@
 """How many tokens a layer keeps, and which (section 3.2 of arXiv 2410.08584).
 
+Prefill and cache choose by one tau: prefill counts what neighbourhoods cover, the cache does not.
+
 Functions take the contexts of several requests laid end to end, [..., num_tokens], and choose in
 each by itself; without `contexts` there is one. Counts stay tensors, so that nothing here waits for
 a GPU.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,6 @@ class Selection(NamedTuple):
     num_by_score: torch.Tensor
 
 
-def stack(layers: Iterable[Selection]) -> Selection:
-    """Selections of layers as one, with the layers first."""
-    return Selection(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
-
-
 def _contexts(like: torch.Tensor, contexts: Sequences | None) -> Sequences:
     return Sequences([like.shape[-1]], like.device) if contexts is None else contexts
 
@@ -54,13 +50,20 @@ def _descending(scores: torch.Tensor, contexts: Sequences) -> torch.Tensor:
     return torch.sort(keys, dim=-1, stable=True).indices
 
 
-def num_for_mass(mass: torch.Tensor, tau: float, contexts: Sequences | None = None) -> torch.Tensor:
-    """Fewest tokens, largest first, whose mass reaches `tau` of a context's.
+def num_for_mass(
+    mass: torch.Tensor,
+    tau: float,
+    contexts: Sequences | None = None,
+    covered: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fewest tokens, largest first, that carry `tau` of a context's mass beside what is covered.
 
     Args:
         mass: Attention mass per token, float32 [..., num_tokens], not negative.
         tau: Share to reach; 1 keeps all.
         contexts: Whose tokens they are.
+        covered: Mass of each context that is there whatever is kept, beside `mass`, float64
+            [..., num_contexts].
 
     Returns:
         int64 [..., num_contexts].
@@ -76,17 +79,23 @@ def num_for_mass(mass: torch.Tensor, tau: float, contexts: Sequences | None = No
     # the same.
     running = ordered.cumsum(-1, dtype=torch.float64)
     before = contexts.at_starts(running)
-    goals = before[..., :-1] + before.diff(dim=-1) * tau
+    wanted = before.diff(dim=-1) * tau
+    if covered is not None:
+        wanted -= covered * (1 - tau)
+    goals = before[..., :-1] + wanted
     is_below = running < goals[..., contexts.owners]
-    return (contexts.counts(is_below) + 1).minimum(lengths)
+    return (contexts.counts(is_below) + (wanted > 0)).minimum(lengths)
 
 
 def num_to_keep(
-    mass: torch.Tensor, config: ZipVLConfig, contexts: Sequences | None = None
+    mass: torch.Tensor,
+    config: ZipVLConfig,
+    contexts: Sequences | None = None,
+    covered: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The count rule: by mass, or by a fixed ratio where one is set; as `num_for_mass`."""
     if config.ratio is None:
-        return num_for_mass(mass, config.tau, contexts)
+        return num_for_mass(mass, config.tau, contexts, covered)
     lengths = _contexts(mass, contexts).device_lengths.double()
     return (config.ratio * lengths).ceil().long().expand(*mass.shape[:-1], -1)
 
@@ -120,27 +129,54 @@ def recent_mask(num_recent: int, num_tokens: int, device: torch.device) -> torch
 
 def select(
     mass: torch.Tensor,
-    num_visible: torch.Tensor,
+    num_probes: torch.Tensor,
+    is_recent: torch.Tensor,
+    config: ZipVLConfig,
+    contexts: Sequences | None = None,
+    covered: torch.Tensor | None = None,
+) -> Selection:
+    """Choose the kept tokens of a layer, or of several.
+
+    The count comes from the raw mass; the identity from the mass per probe that it comes from,
+    since early tokens are seen by more probes. The chunk's recent positions are kept in any case:
+    the logits come from them.
+
+    Args:
+        mass: Column sums of the probes' attention over probes and heads, float32
+            [..., num_tokens].
+        num_probes: How many probes each token's may come from, [num_tokens].
+        is_recent: What is always kept, bool [num_tokens].
+        config: The count rule.
+        contexts: Whose tokens they are.
+        covered: As for `num_for_mass`.
+    """
+    num = num_to_keep(mass, config, contexts, covered)
+    scores = mass / num_probes.clamp(min=1).to(mass.dtype)
+    return Selection(top_mask(scores, num, contexts) | is_recent, scores, num)
+
+
+def select_for_prefill(
+    mass: torch.Tensor,
+    num_far: torch.Tensor,
     is_recent: torch.Tensor,
     config: ZipVLConfig,
     contexts: Sequences | None = None,
 ) -> Selection:
-    """Choose the kept tokens of one layer.
+    """Choose what a sparse prefill attends to beside every query's neighbourhood.
 
-    The count comes from the raw mass; the identity from the mass per probe that may see a
-    token, since early tokens are seen by more probes. The chunk's recent positions are kept
-    in any case: the logits come from them.
+    What probes find in their own neighbourhood counts towards tau already; the rest is chosen by
+    what they find outside of it.
 
     Args:
-        mass: Column sums of the probes' attention over probes and heads, float32 [num_tokens].
-        num_visible: Probes that may see each token, [num_tokens], at least 1 each.
-        is_recent: What is always kept, bool [num_tokens].
-        config: The count rule.
-        contexts: Whose tokens they are.
+        mass: Far and near, float32 [2, num_tokens].
+        num_far: Probes outside of whose neighbourhood each token is, [num_tokens].
+        is_recent: As for `select`.
+        config: As for `select`.
+        contexts: As for `select`.
     """
-    num = num_to_keep(mass, config, contexts)
-    scores = mass / num_visible.to(mass.dtype)
-    return Selection(top_mask(scores, num, contexts) | is_recent, scores, num)
+    far, near = mass
+    covered = _contexts(near, contexts).sums(near.nan_to_num(nan=0, posinf=0))
+    return select(far, num_far, is_recent, config, contexts, covered)
 
 
 def cap_selection(

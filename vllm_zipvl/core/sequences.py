@@ -91,6 +91,10 @@ class Sequences:
         """Of running sums [..., num_tokens], those before `starts`, [..., len + 1]."""
         return torch.nn.functional.pad(running, (1, 0))[..., self._offsets]
 
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over each sequence of finite values [..., num_tokens], float64 [..., len]."""
+        return self.at_starts(values.cumsum(-1, dtype=torch.float64)).diff(dim=-1)
+
     def counts(self, mask: torch.Tensor) -> torch.Tensor:
         """How many tokens of each sequence are in a mask [..., num_tokens], int64 [..., len]."""
         return self.at_starts(mask.cumsum(-1)).diff(dim=-1)

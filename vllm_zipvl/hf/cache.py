@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import UNQUANTISED, num_compressible
+from vllm_zipvl.core.geometry import UNQUANTISED, cdiv, num_compressible
 from vllm_zipvl.core.neighbourhood import visible_pairs
-from vllm_zipvl.core.probes import num_visible_probes, probe_positions
+from vllm_zipvl.core.probes import num_far_probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.quantization import (
     KeyNorm,
     clip,
@@ -26,7 +27,6 @@ from vllm_zipvl.core.selection import (
     num_to_keep,
     recent_mask,
     select,
-    stack,
     top_mask,
 )
 
@@ -35,8 +35,9 @@ _LAYER = "_zipvl_layer"
 QUERIES_AT_ONCE = 512
 """Bounds the memory of weights."""
 
-Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ZipVLConfig], Selection]
-"""`core.selection.select`, or what a study puts in its place."""
+Choose = Callable[..., Selection]
+"""`core.selection.select`, or what a study puts in its place; it gets the mass covered already,
+float64 [1], where it chooses for the prefill."""
 
 
 def layer_of(key: torch.Tensor) -> "ZipVLLayer | None":
@@ -55,12 +56,14 @@ class Request:
     Attributes:
         prompt_len: Tokens of the prompt so far; complete once a step brings one token.
         random_positions: Random probes of the prompt's earlier chunks.
-        random_mass: Their attention mass, float32 [tokens so far]; None before the first chunk.
-        selection: Of the newest chunk.
+        random_mass: Their attention mass, far and near, float32 [2, tokens so far]; None before
+            the first chunk.
+        selection: What the newest chunk attends to.
+        cache_selection: What the cache keeps of the prompt so far.
         num_recent: Recent probes of the newest chunk.
         is_decoding: Whether the prompt is complete.
         is_prompt_compressed: Whether the step after the prompt is over.
-        compressed_len: Tokens that were compressed or evicted.
+        compressed_len: Where the compressed or evicted tokens end; 0 for none.
         norm: Statistics of the keys compressed first.
         evicted: Positions that nobody attends to any more, bool [tokens so far].
     """
@@ -69,6 +72,7 @@ class Request:
     random_positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     random_mass: torch.Tensor | None = None
     selection: Selection | None = None
+    cache_selection: Selection | None = None
     num_recent: int = 0
     is_decoding: bool = False
     is_prompt_compressed: bool = False
@@ -137,8 +141,9 @@ class ZipVLLayer(DynamicLayer):
         config = self.cache.config
         end, start = key.shape[1], key.shape[1] - query.shape[1]
         request.prompt_len = end
-        request.selection = self._select(request, query, key, scale)
+        self._select(request, query, key, scale)
         positions = torch.arange(start, end, device=key.device)
+        assert request.selection is not None
         kept = request.selection.kept
         if not config.sparse_prefill or end < config.min_tokens or self._attends_densely:
             kept = torch.ones_like(kept)
@@ -155,7 +160,8 @@ class ZipVLLayer(DynamicLayer):
 
     def _select(
         self, request: Request, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> Selection:
+    ) -> None:
+        """Choose what the chunk attends to, and what the cache keeps if it is the last one."""
         config = self.cache.config
         end, start = key.shape[1], key.shape[1] - query.shape[1]
         random, recent = probe_positions(
@@ -166,14 +172,19 @@ class ZipVLLayer(DynamicLayer):
             for positions in (random, recent)
         )
         if request.random_mass is not None:
-            random_mass[: request.random_mass.shape[0]] += request.random_mass
+            random_mass[:, : request.random_mass.shape[1]] += request.random_mass
         request.random_mass = random_mass
         request.random_positions = np.concatenate([request.random_positions, random])
         request.num_recent = len(recent)
         probes = np.concatenate([request.random_positions, recent])
-        num_visible = torch.from_numpy(num_visible_probes(probes, end)).to(key.device)
         is_recent = recent_mask(len(recent), end, key.device)
-        return self.cache.choose(random_mass + recent_mass, num_visible, is_recent, config)
+        num_visible = num_visible_probes(probes, end)
+        num_far = num_far_probes(probes, end, config.window, config.sinks)
+        far, near = random_mass + recent_mass
+        choose = partial(self.cache.choose, is_recent=is_recent, config=config)
+        covered = near.double().sum()[None]
+        request.selection = choose(far, torch.from_numpy(num_far).to(far.device), covered=covered)
+        request.cache_selection = choose(far + near, torch.from_numpy(num_visible).to(far.device))
 
     def _mass(
         self,
@@ -183,11 +194,17 @@ class ZipVLLayer(DynamicLayer):
         key: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of the queries at `positions`, summed over them and heads, float32 [end]."""
+        """Attention of the queries at `positions`, summed over them and heads, float32 [2, end].
+
+        First what they find far from themselves, then in their own neighbourhood.
+        """
         if len(positions) == 0:
-            return torch.zeros(key.shape[1], device=key.device)
+            return torch.zeros(2, key.shape[1], device=key.device)
+        config, nothing = self.cache.config, torch.zeros(key.shape[1], dtype=torch.bool)
         pairs = torch.arange(key.shape[1], device=key.device) <= positions[:, None]
-        return _weights(query[:, positions - start], pairs, key, scale).sum((0, 1))
+        weights = _weights(query[:, positions - start], pairs, key, scale).sum(0)
+        near = visible_pairs(positions, nothing.to(key.device), config.window, config.sinks)
+        return torch.stack([(weights * ~near).sum(0), (weights * near).sum(0)])
 
     def _decode(
         self,
@@ -208,12 +225,12 @@ class ZipVLLayer(DynamicLayer):
             # One step after the prompt, as in the engine, where the first token does not wait.
             request.is_prompt_compressed = True
             kept = self.cache.prompt_masks(row)[self.cache.layers.index(self)]
-            self._compress(
-                request, 0, self.cache.compressible(request.prompt_len), kept, key, value
-            )
+            start, end = self.cache.head_len, self.cache.compressible(request.prompt_len)
+            self._compress(request, start, end, kept[start:end], key, value)
             return out
         config = self.cache.config
-        start, end = request.compressed_len, self.cache.compressible(num_tokens)
+        start = max(request.compressed_len, self.cache.head_len)
+        end = self.cache.compressible(num_tokens)
         if num_tokens - start >= config.interval + config.residual and end > start:
             mass = torch.zeros(num_tokens, device=key.device)
             mass[there] = weights.sum((0, 1))
@@ -232,12 +249,11 @@ class ZipVLLayer(DynamicLayer):
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
-        """Tokens [start, end) go to their precision; `kept` says which are the important ones."""
+        """Tokens [start, end) go to their precision; `kept` says which of them are important."""
         if end <= start:
             return
-        kept = kept[: end - start]
         if request.norm is None:
-            request.norm = key_norm(key[:, :end].transpose(0, 1))
+            request.norm = key_norm(key[:, start:end].transpose(0, 1))
         config = self.cache.config
         for mask, bits in ((kept, config.high_bits), (~kept, config.low_bits)):
             positions = start + mask.nonzero()[:, 0]
@@ -275,23 +291,31 @@ class ZipVLCache(Cache):
         self.num_dense_layers = num_dense_layers
         self._masks: dict[int, torch.Tensor] = {}
 
+    @property
+    def head_len(self) -> int:
+        """First tokens that stay whole: the sinks, in whole blocks."""
+        return cdiv(self.config.sinks, self.block_size) * self.block_size
+
     def compressible(self, num_tokens: int) -> int:
-        """Tokens [0, end) of a context that may be compressed."""
+        """Where the tokens end, from the head on, that may be compressed; 0 if there are none."""
         if not self.config.compress:
             return 0
-        return num_compressible(num_tokens, self.config.residual, self.block_size)
+        end = num_compressible(num_tokens, self.config.residual, self.block_size)
+        return end if end > self.head_len else 0
 
     def selections(self, row: int = 0) -> list[Selection]:
-        """What each layer chose in the newest chunk of a row's prompt."""
+        """What each layer's prefill attended to in the newest chunk of a row's prompt."""
         return [layer.requests[row].selection for layer in self.layers]
 
     def prompt_masks(self, row: int = 0) -> torch.Tensor:
         """What layers keep at `high_bits` of a complete prompt, bool [num_layers, prompt_len]."""
         if row not in self._masks:
-            request, layers = self.layers[0].requests[row], self.selections(row)
-            device = layers[0].kept.device
-            is_recent = recent_mask(request.num_recent, request.prompt_len, device)
-            self._masks[row] = cap_selection(stack(layers), is_recent, self.config.max_kept)
+            requests = [layer.requests[row] for layer in self.layers]
+            parts = zip(*(request.cache_selection for request in requests), strict=True)
+            chosen = Selection(*map(torch.stack, parts))
+            num_recent, prompt_len = requests[0].num_recent, requests[0].prompt_len
+            is_recent = recent_mask(num_recent, prompt_len, chosen.kept.device)
+            self._masks[row] = cap_selection(chosen, is_recent, self.config.max_kept)
         return self._masks[row]
 
 

@@ -1,4 +1,4 @@
-"""Decode attention over what a request holds: pages at two precisions and a dense tail."""
+"""Decode attention over what a request holds: dense head, pages at two precisions, dense tail."""
 
 from types import ModuleType
 from typing import NamedTuple
@@ -42,13 +42,16 @@ class DecodeRows(NamedTuple):
     Attributes:
         slots: Slot of the row's pages in `page_table`, int32 [num_queries].
         rows: Row of `block_table`, int32 [num_queries].
-        tail_starts: First token in dense blocks, a multiple of the block size; tokens
-            before it are in pages or evicted. int32 [num_queries].
+        head_lens: Tokens from the first on that are in dense blocks, a multiple of the block
+            size. int32 [num_queries].
+        tail_starts: From which token on all are in dense blocks again, a multiple of the block
+            size; those between are in pages or evicted. int32 [num_queries].
         context_lens: Tokens visible to the query, itself included. int32 [num_queries].
     """
 
     slots: torch.Tensor
     rows: torch.Tensor
+    head_lens: torch.Tensor
     tail_starts: torch.Tensor
     context_lens: torch.Tensor
 
@@ -75,7 +78,7 @@ def workspace_bytes(
 def decode_attention(
     query: torch.Tensor, context: CachedContext, rows: DecodeRows, scale: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """Attend with one query per row over pages and tail.
+    """Attend with one query per row over head, pages and tail.
 
     Scores, softmax and sums are float32. A row without any context gives zeros and a log of
     -inf.

@@ -219,16 +219,19 @@ def _accumulate_part(tile, stored, at, num_tokens, shape, record, work, work_byt
 def _num_tokens(tables, row, tile):
     """Tokens of a row that lie in a class."""
     if tile.table == DENSE:
-        return max(tables.rows[row, 3] - tables.rows[row, 2], 0)
+        return tables.rows[row, 2] + max(tables.rows[row, 4] - tables.rows[row, 3], 0)
     return tables.page_counts[tables.rows[row, 0], tile.table] if tile.kind >= 0 else 0
 
 
 @numba.njit(cache=True)
 def _tile_start(tables, row, tile, head, index):
     """Byte at which a class's tile `index` starts, in its page or block."""
-    slot, table_row, tail_start, _ = tables.rows[row]
+    slot, table_row, head_len, tail_start, _ = tables.rows[row]
     if tile.table == DENSE:
-        first = tail_start + index * tile.capacity
+        # Of head and tail as if they were one.
+        first = index * tile.capacity
+        if first >= head_len:
+            first += tail_start - head_len
         block = first // tile.unit_tokens
         start = (first - block * tile.unit_tokens) * tile.stride
         unit_id = tables.block_table[table_row, block]

@@ -33,9 +33,9 @@ class Stores(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Where contexts lie: as in `CachedContext`, and rows int32 [num_rows, 4].
+    """Where contexts lie: as in `CachedContext`, and rows int32 [num_rows, 5].
 
-    A row is (slot, row of the block table, tail start, context length).
+    A row is (slot, row of the block table, head length, tail start, context length).
     """
 
     page_table: np.ndarray

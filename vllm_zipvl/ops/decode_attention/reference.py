@@ -1,6 +1,6 @@
 """Decode attention in torch, row by row.
 
-    keys, values = pages at high precision ++ pages at low precision ++ dense tail
+    keys, values = pages at high precision ++ pages at low precision ++ dense head and tail
     o = softmax(q K^T * scale) V
 
 Quantised pages hold rotated keys and values: (R q)(R k) = q k as R is orthonormal, and their
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from vllm_zipvl.ops.decode_attention.api import CachedContext, DecodeRows
 
 
-def _segments(
-    context: "CachedContext", row: tuple[int, int, int, int]
-) -> list[tuple[torch.Tensor, bool]]:
+def _segments(context: "CachedContext", row: tuple[int, ...]) -> list[tuple[torch.Tensor, bool]]:
     """Keys beside values, float32 [n, num_kv_heads, 2 * head_size], and whether quantised."""
-    slot, table_row, tail_start, context_len = row
+    slot, table_row, head_len, tail_start, context_len = row
     geometry = context.geometry
     segments = []
     for precision, bits in enumerate(geometry.bits):
@@ -38,12 +36,11 @@ def _segments(
         page_ids = table[:num_pages] if precision == 0 else table.flip(0)[:num_pages]
         kv = read_pages(context.heap, page_ids, num_tokens, bits, context.kv_cache.dtype, geometry)
         segments.append((kv, bits != UNQUANTISED))
-    if context_len > tail_start:
-        first_block = tail_start // context.kv_cache.shape[2]
-        blocks = context.block_table[table_row, None, first_block:]
-        length = Sequences([context_len - tail_start], blocks.device)
-        tail = gather_kv(context.kv_cache, blocks, length)
-        segments.append((tail.float(), False))
+    for start, end in ((0, head_len), (tail_start, context_len)):
+        if end > start:
+            blocks = context.block_table[table_row, None, start // context.kv_cache.shape[2] :]
+            length = Sequences([end - start], blocks.device)
+            segments.append((gather_kv(context.kv_cache, blocks, length).float(), False))
     return segments
 
 

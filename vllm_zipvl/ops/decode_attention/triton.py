@@ -1,9 +1,9 @@
-"""Decode attention in Triton: split-K flash decoding over kept pages, the rest's pages and tail.
+"""Decode attention in Triton: split-K flash decoding over pages and dense blocks.
 
-A row's context has parts: kept tokens' pages, the dense tail, the rest's pages. A program attends
-with all query heads of one KV head over one share of one part, so that every page is read once per
-KV head; a second kernel puts the shares together. Codes are expanded in registers. Queries are
-folded and outputs rotated back as in `reference`.
+A row's context has parts: kept tokens' pages, dense head and tail, the rest's pages. A program
+attends with all query heads of one KV head over one share of one part, so that every page is read
+once per KV head; a second kernel puts the shares together. Codes are expanded in registers. Queries
+are folded and outputs rotated back as in `reference`.
 """
 
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ def _attend(
     block_table,
     slots,
     table_rows,
+    head_lens,
     tail_starts,
     context_lens,
     partial,
@@ -69,7 +70,7 @@ def _attend(
     num_parts: tl.constexpr,
     tile_tokens: tl.constexpr,
 ):
-    """One program per query row, KV head and share of a part: kept, tail, the rest."""
+    """One program per query row, KV head and share of a part: kept, dense, the rest."""
     row, head, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     part, index = place // num_shares, place % num_shares
     slot = tl.load(slots + row).to(tl.int64)
@@ -91,12 +92,14 @@ def _attend(
         q, mask, channels = load_query(query, heads, is_member, head_size, channels_padded)
         sums = tl.zeros([group_padded, channels_padded], tl.float32)
         table_row = tl.load(table_rows + row).to(tl.int64)
-        tail_start, context_len = tl.load(tail_starts + row), tl.load(context_lens + row)
-        tail_len = tl.maximum(context_len - tail_start, 0)
-        first, last = share_of(tail_len, index, num_shares, tile_tokens)
-        for start in range(tail_start + first, tail_start + last, tile_tokens):
-            tokens = start + tl.arange(0, tile_tokens)
-            is_token = tokens < tail_start + last
+        head_len, tail_start = tl.load(head_lens + row), tl.load(tail_starts + row)
+        tail_len = tl.maximum(tl.load(context_lens + row) - tail_start, 0)
+        first, last = share_of(head_len + tail_len, index, num_shares, tile_tokens)
+        for start in range(first, last, tile_tokens):
+            # Of head and tail as if they were one.
+            dense = start + tl.arange(0, tile_tokens)
+            is_token = dense < last
+            tokens = tl.where(dense < head_len, dense, dense + tail_start - head_len)
             blocks = block_table + table_row * block_table_stride + tokens // block_size
             block = tl.load(blocks, mask=is_token, other=0).to(tl.int64)
             keys = block * cache_block_stride + head * block_size * 2 * head_size

@@ -29,8 +29,12 @@ def probe_scores(
     keys: torch.Tensor,
     contexts: Sequences,
     scale: float,
+    window: int,
+    sinks: int,
 ) -> torch.Tensor:
     """Sum softmax(Q_probe K^T * scale) over probes and heads, for every visible key.
+
+    What a probe puts on its own neighbourhood (`core.neighbourhood`) is near mass, the rest far.
 
     Products of the inputs accumulate in float32; scores, softmax and sums are float32.
 
@@ -40,9 +44,12 @@ def probe_scores(
         keys: All keys of all contexts, [num_tokens, num_kv_heads, head_size].
         contexts: How many keys each context has.
         scale: Softmax scale.
+        window: Newest keys that a probe has near, itself among them.
+        sinks: First keys that all probes have near.
 
     Returns:
-        The mass of random and of recent probes, float32 [2, num_tokens].
+        Far and near mass of random and of recent probes, float32 [2 (random, recent),
+        2 (far, near), num_tokens].
 
     Raises:
         ValueError: Heads are not a multiple of KV heads.
@@ -53,4 +60,4 @@ def probe_scores(
         )
     in_triton = triton_module("vllm_zipvl.ops.probe_scores.triton", keys.device.type)
     implementation = in_triton or reference
-    return implementation.probe_scores(queries, probes, keys, contexts, scale)
+    return implementation.probe_scores(queries, probes, keys, contexts, scale, window, sinks)

@@ -133,8 +133,13 @@ def _column_sums(
     channels_padded: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_tokens: tl.constexpr,
+    window: tl.constexpr,
+    sinks: tl.constexpr,
 ):
-    """One program per tile of a context's tokens and KV head: its part of the mass."""
+    """One program per tile of a context's tokens and KV head: its part of the mass.
+
+    That is of random and of recent probes, far and near.
+    """
     place, head = tiles + 2 * tl.program_id(0), tl.program_id(1)
     context, first = tl.load(place), tl.load(place + 1)
     start, end = tl.load(starts + context), tl.load(starts + context + 1)
@@ -145,6 +150,8 @@ def _column_sums(
     )
     random = tl.zeros([tile_tokens], tl.float32)
     recent = tl.zeros([tile_tokens], tl.float32)
+    random_near = tl.zeros([tile_tokens], tl.float32)
+    recent_near = tl.zeros([tile_tokens], tl.float32)
     for row in range(0, (end_probe - first_probe) * group, tile_rows):
         q, last, places, probes, is_row = _load_queries(
             queries, positions, row + tl.arange(0, tile_rows), first_probe, end_probe, head,
@@ -153,13 +160,24 @@ def _column_sums(
         log_total = tl.load(log_totals + places, mask=is_row, other=0)
         weights = tl.exp(dot(q, tl.trans(k)) * scale - log_total[:, None])
         weights = tl.where(tokens[None, :] <= last[:, None], weights, 0.0)
-        of_random = tl.load(is_random + probes, mask=is_row, other=0) != 0
-        random += tl.sum(tl.where(of_random[:, None], weights, 0.0), axis=0)
-        recent += tl.sum(tl.where(of_random[:, None], 0.0, weights), axis=0)
+        of_random = (tl.load(is_random + probes, mask=is_row, other=0) != 0)[:, None]
+        # Most tiles lie far from all of their probes.
+        nearest = tl.min(tl.where(is_row, last, num_tokens)) - first - tile_tokens
+        if nearest < window or first < sinks:
+            is_near = (last[:, None] - tokens[None, :] < window) | (tokens < sinks)[None, :]
+            near = tl.where(is_near, weights, 0.0)
+            random_near += tl.sum(tl.where(of_random, near, 0.0), axis=0)
+            recent_near += tl.sum(tl.where(of_random, 0.0, near), axis=0)
+            weights = tl.where(is_near, 0.0, weights)
+        random += tl.sum(tl.where(of_random, weights, 0.0), axis=0)
+        recent += tl.sum(tl.where(of_random, 0.0, weights), axis=0)
     is_token = start + tokens < end
-    place = head.to(tl.int64) * num_tokens + start + tokens
-    tl.store(mass + place, random, mask=is_token)
-    tl.store(mass + num_kv_heads * num_tokens.to(tl.int64) + place, recent, mask=is_token)
+    place = mass + head.to(tl.int64) * num_tokens + start + tokens
+    apart = num_kv_heads * num_tokens.to(tl.int64)
+    tl.store(place, random, mask=is_token)
+    tl.store(place + apart, random_near, mask=is_token)
+    tl.store(place + 2 * apart, recent, mask=is_token)
+    tl.store(place + 3 * apart, recent_near, mask=is_token)
 
 
 def _num_shares(num_programs: int, num_tiles: int, device: torch.device) -> int:
@@ -177,6 +195,8 @@ def probe_scores(
     keys: torch.Tensor,
     contexts: Sequences,
     scale: float,
+    window: int,
+    sinks: int,
 ) -> torch.Tensor:
     """See `api.probe_scores`."""
     num_tokens, num_kv_heads, head_size = keys.shape
@@ -202,10 +222,11 @@ def probe_scores(
         tops[1], num_probes, tiles_per_context, *keys.stride()[:2], **sizes,
     )  # fmt: skip
     log_totals = torch.logsumexp(tops[0] + tops[1].log(), dim=0)
-    mass = torch.empty(2, num_kv_heads, num_tokens, device=keys.device)
+    mass = torch.empty(2, 2, num_kv_heads, num_tokens, device=keys.device)
     tiles = contexts.tiles(tile)
     _column_sums[(len(tiles), num_kv_heads)](
         queries, probes.positions, probes.is_random, probe_starts, keys, contexts.cu_seqlens,
-        tiles, scale, log_totals, mass, num_tokens, *keys.stride()[:2], **sizes,
+        tiles, scale, log_totals, mass, num_tokens, *keys.stride()[:2], **sizes, window=window,
+        sinks=sinks,
     )  # fmt: skip
-    return mass.sum(1)
+    return mass.sum(2)
