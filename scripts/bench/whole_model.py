@@ -47,7 +47,8 @@ DRY_MODELS = {
 PREFILL_TOKENS, DECODE_TOKENS = (16384, 32768, 131072), 16384
 CONFIG = ZipVLConfig(ratio=0.42, max_kept=0.286)
 """`max_kept` bounds what the cache keeps at 4 bits; attention runs on the whole ratio."""
-DRY_SIZES = Sizes(prefill_tokens=(64,), decode_tokens=64, budget_bytes=None, repeats=0)
+DRY_SIZES = Sizes((64,), decode_tokens=64, budget_bytes=None, repeats=0, decode_steps=9)
+"""Two requests fit, and the second one's tail falls due in the eighth step."""
 DRY_CONFIG = ZipVLConfig(
     ratio=0.42, max_kept=0.286, probe_recent=8, probe_random=8, interval=16, residual=16
 )
@@ -98,7 +99,8 @@ def thin_bench(is_dry: bool, num_tokens: int, num_requests: int) -> Bench:
     thin = DRY_MODELS["LongVA-7B"]
     shape, device = thin._replace(layer=whole.layer), torch.get_default_device()
     budget = num_requests * request_bytes(shape, num_tokens, DTYPE)
-    sizes = Sizes((num_tokens,), num_tokens, budget, repeats=0)
+    # Of many requests a tail falls due in every step.
+    sizes = Sizes((num_tokens,), num_tokens, budget, repeats=0, decode_steps=2)
     dense, decoder = dense_of(whole.layer, pretends=False), Decoder(shape, 2 * num_tokens)
     config = DRY_CONFIG if is_dry else CONFIG
     return Bench("thin", shape, decoder, dense, config, sizes, Clock(device), why_no_fp8(dense))

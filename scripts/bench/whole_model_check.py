@@ -18,7 +18,8 @@ SHAPE = ModelShape(Layer(2, 1, 32, 16), 2, 64, 96, 128, 10000.0)
 SHARPNESS = 2.0
 """Attention to a few tokens, so that the logits show where it went wrong."""
 EVERYTHING = ZipVLConfig(ratio=1.0, high_bits=16, low_bits=16, interval=16, residual=16)
-PROMPT_TOKENS, NUM_STEPS, NUM_REQUESTS = 80, 18, 2
+PROMPT_TOKENS, NUM_STEPS, NUM_REQUESTS = 94, 4, 2
+"""In so many steps a tail is compressed, and a block begun after it."""
 FP8_SIMILARITY = 0.95
 
 

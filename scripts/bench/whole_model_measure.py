@@ -27,12 +27,14 @@ class Sizes(NamedTuple):
         decode_tokens: Context of each request that decodes.
         budget_bytes: KV memory that they fill; None is that of two dense requests.
         repeats: Medians are over as many, after a first run that is not counted; 0 counts that one.
+        decode_steps: Of a run; None are so many that the tail of every request falls due once.
     """
 
     prefill_tokens: tuple[int, ...]
     decode_tokens: int
     budget_bytes: int | None
     repeats: int
+    decode_steps: int | None = None
 
 
 class Bench(NamedTuple):
@@ -211,8 +213,8 @@ def decode_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     num_tokens = bench.sizes.decode_tokens
     two = 2 * whole_model_dense.request_bytes(bench.shape, num_tokens, DTYPE)
     budget = bench.sizes.budget_bytes or two
-    # In so many steps the tail of every request falls due once.
-    num_steps = interval_of(bench.config, geometry_of(bench.shape, bench.config))
+    interval = interval_of(bench.config, geometry_of(bench.shape, bench.config))
+    num_steps = bench.sizes.decode_steps or interval
 
     def found(method: str, decoded: Decoded, **more: float) -> dict[str, Any]:
         pace = decoded.pace

@@ -21,7 +21,9 @@ HEAD_SIZE, BLOCK_SIZE = 128, 16
 HEADS = pytest.mark.parametrize("heads", [(28, 4), (32, 32)], ids=str)
 IS_ON_GPU = DEVICE != "cpu"
 LONG = Row(4676, 11660, 47) if IS_ON_GPU else Row(275, 685, 47)
-MANY = [Row(7 * i % 90, 11 * i % 170, 1 + i) for i in range(64 if IS_ON_GPU else 5)]
+MANY = [
+    Row(7 * i % 90, 11 * i % 170, 1 + i, i % 3 * BLOCK_SIZE) for i in range(64 if IS_ON_GPU else 5)
+]
 
 
 def geometry_of(heads: tuple[int, int]) -> PageGeometry:
