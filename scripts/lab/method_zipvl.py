@@ -10,6 +10,7 @@ from decoder import Asked, Decoder, Outcome
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED, PageGeometry
+from vllm_zipvl.core.neighbourhood import visible_pairs
 from vllm_zipvl.core.selection import Selection, num_to_keep, select, top_mask
 from vllm_zipvl.hf import NAME, ZipVLCache
 from vllm_zipvl.hf.cache import Choose
@@ -22,6 +23,7 @@ LAB_SETTINGS: dict[str, Any] = {
     "probe_random": 16,
     "residual": 0,
     "interval": 16,
+    "window": 16,
 }
 
 
@@ -64,14 +66,15 @@ class ZipVL:
                 hidden = decoder.run(asked.embeddings[positions], positions, cache)
             selections = cache.selections()
             answer = decoder.answer(hidden, asked.num_tokens, cache)
-        attends = [float(selection.kept.float().mean()) for selection in selections]
+        kept = torch.stack([selection.kept for selection in selections])
         if not self.config.sparse_prefill:
-            attends = [1.0] * len(attends)
-        attends[: self.num_dense_layers] = [1.0] * self.num_dense_layers
+            kept.fill_(True)
+        kept[: self.num_dense_layers] = True
+        attends = kept.float().mean(1).tolist()
+        flops = sum(map(self._share_of_pairs, kept)) / len(kept)
         if self.chunk is not None or self.shares_prefix:
             # The last chunk's selection says nothing about what the tokens before it saw.
-            attends = [math.nan] * len(attends)
-        flops = sum(share**2 for share in attends) / len(attends)
+            attends, flops = [math.nan] * len(attends), math.nan
         head_size = decoder.language_model.config.head_dim
         return Outcome(answer, attends, flops, self._kv_bytes(cache, n, head_size))
 
@@ -94,46 +97,53 @@ class ZipVL:
             cache.update(layer.keys[:, :, :num_shared], layer.values[:, :, :num_shared], i)
         return num_shared
 
+    def _share_of_pairs(self, kept: torch.Tensor) -> float:
+        """Of the causal pairs of a query and a key those that a layer attends to."""
+        n, config = len(kept), self.config
+        pairs = visible_pairs(torch.arange(n), kept, config.window, config.sinks)
+        return float(pairs.sum()) / (n * (n + 1) / 2)
+
     def _kv_bytes(self, cache: ZipVLCache, num_tokens: int, head_size: int) -> float:
         """Parameters of the codes and the dense tail included; pages count by their tokens."""
-        config, end = self.config, cache.compressible(num_tokens)
+        config, start, end = self.config, cache.head_len, cache.compressible(num_tokens)
         bits = (config.high_bits, config.low_bits)
         geometry = PageGeometry(1, 1, head_size, UNQUANTISED // 8, self.block_size, *bits)
         full = geometry.token_head_bytes(UNQUANTISED)
         high, low = (geometry.token_head_bytes(bits) for bits in geometry.bits)
         masks = cache.prompt_masks()
-        kept = int(masks[:, :end].sum()) / len(masks)
-        total = kept * high + (end - kept) * low + (num_tokens - end) * full
+        num_compressed = max(0, end - start)
+        kept = int(masks[:, start:end].sum()) / len(masks)
+        total = kept * high + (num_compressed - kept) * low + (num_tokens - num_compressed) * full
         return total / (num_tokens * full)
 
 
-def by_raw_scores(
-    mass: torch.Tensor, num_visible: torch.Tensor, is_recent: torch.Tensor, config: ZipVLConfig
-) -> Selection:
+def by_raw_scores(mass: torch.Tensor, num_probes: torch.Tensor, **rest: Any) -> Selection:
     """The choice by mass itself, which favours early tokens: more probes see them."""
-    return select(mass, torch.ones_like(num_visible), is_recent, config)
+    return select(mass, torch.ones_like(num_probes), **rest)
 
 
 def at_random(
-    mass: torch.Tensor, num_visible: torch.Tensor, is_recent: torch.Tensor, config: ZipVLConfig
+    mass: torch.Tensor,
+    num_probes: torch.Tensor,
+    is_recent: torch.Tensor,
+    config: ZipVLConfig,
+    covered: torch.Tensor | None = None,
 ) -> Selection:
     """As many tokens as the count rule asks for, whichever; others in each layer and question."""
-    num = num_to_keep(mass, config)
+    num = num_to_keep(mass, config, covered=covered)
     generator = torch.Generator().manual_seed(zlib.crc32(mass.numpy().tobytes()))
     scores = torch.rand(len(mass), generator=generator)
     return Selection(top_mask(scores, num) | is_recent, scores, num)
 
 
-def nothing(
-    mass: torch.Tensor, num_visible: torch.Tensor, is_recent: torch.Tensor, config: ZipVLConfig
-) -> Selection:
+def nothing(mass: torch.Tensor, *args: Any, **rest: Any) -> Selection:
     """Everything is stored at the low precision."""
     return Selection(torch.zeros(len(mass), dtype=torch.bool), mass, torch.tensor([0]))
 
 
 def _with_text(choose: Choose, is_image: torch.Tensor) -> Choose:
-    def choose_with_text(*arguments: Any) -> Selection:
-        selection = choose(*arguments)
+    def choose_with_text(*arguments: Any, **rest: Any) -> Selection:
+        selection = choose(*arguments, **rest)
         kept = selection.kept | ~is_image[: len(selection.kept)]
         return selection._replace(kept=kept)
 

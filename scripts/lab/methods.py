@@ -10,6 +10,7 @@ from method_zipvl import ZipVL, at_random, by_raw_scores, nothing
 
 TAUS = (0.7, 0.8, 0.9, 0.94, 0.96, 0.985, 0.99)
 """Beside the default, 0.975."""
+PAPER = {"window": 0, "sinks": 0}
 BITS = ((8, 4), (4, 4), (16, 0), (4, 0), (16, 16))
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
@@ -17,6 +18,9 @@ METHODS: dict[str, Method] = {
     "full": full,
     "zipvl": ZipVL(),
     **{f"zipvl-tau{tau}": ZipVL({"tau": tau}) for tau in TAUS},
+    # The paper's rule: what is not kept sees nothing, and no first tokens stay whole.
+    **{f"paper-tau{tau}": ZipVL({"tau": tau, **PAPER}) for tau in (*TAUS, 0.975)},
+    **{f"window-{window}": ZipVL({"tau": 0.8, "window": window}) for window in (4, 8, 32)},
     **{f"zipvl-{high}/{low}": ZipVL({"high_bits": high, "low_bits": low}) for high, low in BITS},
     # ZipVL, but for the same share in every layer and question.
     **{f"fixed-{ratio}": ZipVL({"ratio": ratio}) for ratio in RATIOS},

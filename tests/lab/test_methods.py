@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,12 +133,20 @@ def test_costs_are_those_of_the_tokens(model, asked) -> None:
     end = n // 16 * 16
     two_bits = run(model, METHODS["kv2"], one)
     assert two_bits.flops == 1
-    assert two_bits.kv_bytes == pytest.approx((end * 40 / 256 + n - end) / n)
+    # The first block holds the sinks and stays as it is.
+    num_compressed = end - 16
+    compressed = num_compressed * 40 / 256
+    assert two_bits.kv_bytes == pytest.approx((compressed + n - num_compressed) / n)
     first_dense = run(model, METHODS["dense-first-layer"], one)
     adaptive = run(model, METHODS["zipvl"], one)
     assert first_dense.kept[0] == 1 > adaptive.kept[0]
-    assert first_dense.flops == pytest.approx(sum(x**2 for x in first_dense.kept) / SPEC.layers)
-    assert first_dense.kv_bytes < 72 / 256 + 16 / n
+    papers = replace(METHODS["dense-first-layer"], settings={"window": 0, "sinks": 0})
+    papers = run(model, papers, one)
+    # Kept tokens attend among themselves: their pairs are those of a shorter prompt.
+    pairs = [round(x * n) * (round(x * n) + 1) for x in papers.kept]
+    assert papers.flops == pytest.approx(sum(pairs) / (n * (n + 1)) / SPEC.layers)
+    assert papers.flops < first_dense.flops < 1
+    assert first_dense.kv_bytes < 72 / 256 + 32 / n
     # FastV's later layers hold fewer tokens.
     fastv = run(model, FastV(2, 0.5), one)
     assert fastv.kv_bytes == pytest.approx((2 + 2 * fastv.kept[-1]) / 4)
