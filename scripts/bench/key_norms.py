@@ -159,6 +159,6 @@ RULES: dict[str, Callable[[], Rule]] = {
     "stored": Stored,
 }
 """By name. deviation: what the engine stored before. floor: the deviation with a floor relative to
-the pair's mean. pair: one scale for both channels of a pair, which turning leaves as it is. root: the
-root of that. means: each compression has its own mean (and scale). whole pair: the largest pair at
-16 bits. stored: what the engine stores."""
+the pair's mean. pair: one scale for both channels of a pair, which turning leaves as it is. root:
+the root of that. means: each compression has its own mean (and scale). whole pair: the largest pair
+at 16 bits. stored: what the engine stores."""
