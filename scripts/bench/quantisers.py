@@ -8,10 +8,18 @@ import torch
 
 from vllm_zipvl.core.codes import clip, dequantise, quantise
 from vllm_zipvl.core.geometry import PARAM_BYTES
-from vllm_zipvl.core.quantization import rotate
+from vllm_zipvl.core.quantization import (
+    KEY_ZEROS,
+    KeyNorm,
+    key_norm,
+    normalise_keys,
+    restore_keys,
+    rotate,
+    through,
+)
 
-CHANNEL_BYTES = 4
-"""Of a channel's figure that a request keeps outside the pages: float32."""
+CHANNEL_BYTES = 2
+"""Of a channel's figure that a request keeps outside the pages: float16."""
 
 Codec = Callable[[torch.Tensor, int], torch.Tensor]
 """Round trip of float32 [num_tokens, num_kv_heads, head_size] of one class at some bits."""
@@ -72,8 +80,8 @@ class Scheme(NamedTuple):
         head_params: Parameters per token and head.
         token_params: Parameters per token, shared by its heads.
         class_params: Parameters per channel of a head, per class and compression event.
-        request_params: Parameters per channel of a head, float32, taken with a request's first
-            compression and used by all later ones.
+        request_params: Parameters per channel of a head, taken with a request's first compression
+            and used by all later ones.
     """
 
     keys: Codec
@@ -133,19 +141,34 @@ class Scheme(NamedTuple):
         return total / num_tokens
 
 
+class Stored(Scheme):
+    """What the engine stores: see `vllm_zipvl.core.quantization`."""
+
+    def statistics(self, keys: torch.Tensor) -> KeyNorm:
+        return key_norm(keys)
+
+    def round_trip(
+        self, keys: torch.Tensor, values: torch.Tensor, statistics: KeyNorm, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = through(normalise_keys(keys, statistics), bits, KEY_ZEROS)
+        return restore_keys(stored, statistics), through(values, bits)
+
+
 SCHEMES = {
     "plain": Scheme(per_token, per_token, head_params=4),
     "channel": Scheme(per_channel, channel_separable, token_params=2, class_params=3),
     "rotated": Scheme(rotated, rotated, head_params=4),
     "clipped": Scheme(rotated_clipped, rotated_clipped, head_params=4),
     "centred": Scheme(rotated_clipped, rotated_clipped, True, head_params=4, request_params=1),
-    # What the engine stores.
     "scaled": Scheme(rotated_clipped, rotated_clipped, True, True, head_params=4, request_params=2),
     "mixed": Scheme(per_channel_clipped, rotated_clipped, head_params=2, class_params=2),
+    # Two zeros of the key and one of the value; both scales share one parameter's bytes.
+    "stored": Stored(rotated_clipped, rotated_clipped, True, True, head_params=4, request_params=3),
 }
 """By name: (a) plain, (b) channel, (c) rotated, and hybrids.
 
 clipped: (c) with a narrower range at 2 bits. centred: clipped, keys less their channel means.
 scaled: centred, keys divided by their channels' standard deviations. mixed: keys as in (b) and
-values as in (c), both clipped at 2 bits.
+values as in (c), both clipped at 2 bits. stored: the largest pair of channels in two zeros of a key,
+the others divided by the roots of their deviations; what the engine stores.
 """

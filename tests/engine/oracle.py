@@ -49,7 +49,9 @@ class Llama:
         return x * self.weights[f"model.{name}.weight"]
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weights[f"model.{name}.weight"].T
+        return x @ self.weights[f"model.{name}.weight"].T + self.weights.get(
+            f"model.{name}.bias", 0
+        )
 
     def heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.linear(name, x).unflatten(-1, (-1, self.head_size))

@@ -53,49 +53,76 @@ def _rotated(
 
 
 @triton.jit
-def _mean_and_squares(y, is_own, num_channels: tl.constexpr):
-    """Mean of some channels of each vector, and the sum of their squared distances from it."""
-    mean = tl.sum(tl.where(is_own[None, :], y, 0.0), axis=1) / num_channels
-    away = tl.where(is_own[None, :], y - mean[:, None], 0.0)
-    return mean, tl.sum(away * away, axis=1)
+def _part_range(
+    source,
+    norms,
+    rotation,
+    is_token,
+    part: tl.constexpr,
+    part_size: tl.constexpr,
+    part_padded: tl.constexpr,
+    head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+    tile_channels: tl.constexpr,
+    normalises: tl.constexpr,
+):
+    """Of one part of each rotated vector: smallest, largest, mean, squared distances from it.
 
-
-@triton.jit
-def _range(y, is_own, mean, reach, half_range: tl.constexpr):
-    """Smallest and largest of some channels of each vector, within `reach` of their mean."""
-    low = tl.min(tl.where(is_own[None, :], y, float("inf")), axis=1)
-    high = tl.max(tl.where(is_own[None, :], y, float("-inf")), axis=1)
-    if half_range > 0:
-        low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
-    return low, high
+    The last of the results is how many are not numbers.
+    """
+    columns = tl.arange(0, part_padded)
+    is_own = columns < part_size
+    y = _rotated(
+        source, norms, rotation, is_token, part * part_size + columns, is_own, head_size,
+        channels_padded, tile_channels, normalises,
+    )  # fmt: skip
+    own = is_own[None, :]
+    low = tl.min(tl.where(own, y, float("inf")), axis=1)
+    high = tl.max(tl.where(own, y, float("-inf")), axis=1)
+    mean = tl.sum(tl.where(own, y, 0.0), axis=1) / part_size
+    away = tl.where(own, y - mean[:, None], 0.0)
+    num_wrong = tl.sum(tl.where(own & (y != y), 1, 0), axis=1)
+    return low, high, mean, tl.sum(away * away, axis=1), num_wrong
 
 
 @triton.jit
 def _ranges(
-    y, channels, head_size: tl.constexpr, half_range: tl.constexpr, num_zeros: tl.constexpr
+    source,
+    norms,
+    rotation,
+    is_token,
+    part_padded: tl.constexpr,
+    head_size: tl.constexpr,
+    channels_padded: tl.constexpr,
+    tile_channels: tl.constexpr,
+    half_range: tl.constexpr,
+    num_zeros: tl.constexpr,
+    normalises: tl.constexpr,
 ):
     """Smallest and largest of the first and of the last part of each vector after clipping.
 
     The parts are the same where there is one zero. NaN where the vector has none.
     """
-    part: tl.constexpr = head_size // num_zeros
-    is_first = channels < part
-    is_last = (channels >= head_size - part) & (channels < head_size)
-    first_mean, squares = _mean_and_squares(y, is_first, part)
-    last_mean = first_mean
+    part_size: tl.constexpr = head_size // num_zeros
+    low, high, mean, squares, num_wrong = _part_range(
+        source, norms, rotation, is_token, 0, part_size, part_padded, head_size, channels_padded,
+        tile_channels, normalises,
+    )  # fmt: skip
+    last_low, last_high, last_mean = low, high, mean
     if num_zeros > 1:
-        last_mean, last_squares = _mean_and_squares(y, is_last, part)
+        last_low, last_high, last_mean, last_squares, last_wrong = _part_range(
+            source, norms, rotation, is_token, 1, part_size, part_padded, head_size,
+            channels_padded, tile_channels, normalises,
+        )  # fmt: skip
         squares += last_squares
-    reach = half_range * tl.sqrt(squares / head_size)
-    low, high = _range(y, is_first, first_mean, reach, half_range)
-    last_low, last_high = low, high
-    if num_zeros > 1:
-        last_low, last_high = _range(y, is_last, last_mean, reach, half_range)
-    # One that is not a number is none of its vector.
-    is_wrong = (channels < head_size)[None, :] & (y != y)
-    has_range = tl.sum(tl.where(is_wrong, 1, 0), axis=1) == 0
+        num_wrong += last_wrong
+    has_range = num_wrong == 0
     if half_range > 0:
-        has_range &= reach == reach
+        reach = half_range * tl.sqrt(squares / head_size)
+        low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
+        last_low = tl.maximum(last_low, last_mean - reach)
+        last_high = tl.minimum(last_high, last_mean + reach)
+        has_range = reach == reach
     nan = float("nan")
     low, high = tl.where(has_range, low, nan), tl.where(has_range, high, nan)
     return low, high, tl.where(has_range, last_low, nan), tl.where(has_range, last_high, nan)
@@ -136,12 +163,11 @@ def encode_side(
     normalises: tl.constexpr,
 ):
     """Write codes to `heap`, scales to bytes and zeros to float16, pointers [tile_tokens] each."""
-    channels = tl.arange(0, channels_padded)
-    y = _rotated(
-        source, norms, rotation, is_token, channels, channels < head_size, head_size,
-        channels_padded, tile_channels, normalises,
+    part_padded: tl.constexpr = channels_padded // num_zeros
+    low, high, last_low, last_high = _ranges(
+        source, norms, rotation, is_token, part_padded, head_size, channels_padded, tile_channels,
+        half_range, num_zeros, normalises,
     )  # fmt: skip
-    low, high, last_low, last_high = _ranges(y, channels, head_size, half_range, num_zeros)
     levels: tl.constexpr = 2**bits - 1
     zero, last_zero = _to_half(low, _HALF_LIMIT), _to_half(last_low, _HALF_LIMIT)
     tl.store(zeros, zero, mask=is_token)
@@ -162,10 +188,15 @@ def encode_side(
             source, norms, rotation, is_token, columns, places < code_bytes,
             head_size, channels_padded, tile_channels, normalises,
         )  # fmt: skip
-        is_last = (columns >= head_size - head_size // num_zeros)[None, :]
-        least = tl.where(is_last, last_low[:, None], low[:, None])
-        y = tl.minimum(tl.maximum(y, least), tl.where(is_last, last_high[:, None], high[:, None]))
-        code = y - tl.where(is_last, last_zero[:, None], zero[:, None])
+        least, most, start = low[:, None], high[:, None], zero[:, None]
+        if num_zeros > 1 and bits == 8:
+            is_last = (columns >= head_size // 2)[None, :]
+            least = tl.where(is_last, last_low[:, None], least)
+            most = tl.where(is_last, last_high[:, None], most)
+            start = tl.where(is_last, last_zero[:, None], start)
+        elif num_zeros > 1 and 2 * part >= 8 // bits:
+            least, most, start = last_low[:, None], last_high[:, None], last_zero[:, None]
+        code = tl.minimum(tl.maximum(y, least), most) - start
         code = code * per_step[:, None]
         # To the nearest, ties to even as torch rounds: adding 1.5 * 2^23 drops the fraction.
         code = (code + 12582912.0) - 12582912.0
