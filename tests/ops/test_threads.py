@@ -10,7 +10,7 @@ from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.decode_attention import CachedContext, DecodeRows, decode_attention
 from vllm_zipvl.ops.dense_blocks import gather_kv, store_kv
 from vllm_zipvl.ops.page_codec import write_pages
-from vllm_zipvl.ops.threads import match_num_threads
+from vllm_zipvl.ops.threads import match_num_threads, torchs_openmp
 
 pytestmark = numba_only
 GEOMETRY = PageGeometry(1, 1, 64, 4, 16, 4, 2)
@@ -52,3 +52,11 @@ def write() -> None:
 def test_numba_takes_as_many_threads_as_torch(operation) -> None:  # type: ignore[no-untyped-def]
     operation()
     assert numba.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("operation", [decode, store, gather, write])
+def test_regions_of_torch_do_not_nest(operation) -> None:  # type: ignore[no-untyped-def]
+    """numba lets them; products within torch's flash attention would start threads of their own."""
+    operation()
+    openmp = torchs_openmp()
+    assert openmp is not None and openmp.omp_get_nested() == 0
