@@ -17,7 +17,8 @@ class ZipVLConfig:
     """What `--additional-config '{"zipvl": {...}}'` may set.
 
     Attributes:
-        tau: Share of the probes' attention mass that the kept tokens of a layer carry.
+        tau: Share of the probes' attention mass that a layer attends to in prefill, and that the
+            tokens carry which the cache keeps at `high_bits`.
         ratio: Fixed share of tokens to keep in every layer, instead of `tau`.
         high_bits: Precision of the kept tokens' keys and values in the cache; 16 means
             the model's own dtype.
@@ -33,7 +34,7 @@ class ZipVLConfig:
         max_kept: Upper bound of the share of a prompt kept at `high_bits`, mean over layers.
             Affects the cache only.
         seed: Seed of the random probes.
-        sparse_prefill: Whether prefill attention runs on the kept tokens alone.
+        sparse_prefill: Whether prefill attends to kept tokens and neighbourhoods alone.
         compress: Whether the cache is compressed after the prompt and during decode.
         prefix_sharing: "approximate" lets other requests reuse blocks computed by sparse
             prefill; "exact" keeps such blocks out of the prefix cache.
@@ -112,6 +113,11 @@ class ZipVLConfig:
     def keeps_all(self) -> bool:
         """Whether the count rule keeps every token."""
         return self.ratio is None and self.tau == 1
+
+    @property
+    def prefills_sparsely(self) -> bool:
+        """Whether prefill attention leaves anything out."""
+        return self.sparse_prefill and not self.keeps_all
 
     @property
     def chooses_for_cache(self) -> bool:

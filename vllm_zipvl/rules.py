@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import PageGeometry, cdiv, num_compressible
+from vllm_zipvl.core.geometry import PageGeometry, compressible_end, head_len
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,14 @@ class CacheRules:
     @property
     def head_len(self) -> int:
         """First tokens of a context that stay dense: the sinks, in whole blocks."""
-        block_size = self.geometry.block_size
-        return cdiv(self.config.sinks, block_size) * block_size
+        return head_len(self.config.sinks, self.geometry.block_size)
 
     def compressible_end(self, num_tokens: int) -> int:
         """Where the tokens end, from the head on, that may be in pages; 0 if there are none."""
         if not self.config.compress:
             return 0
-        end = num_compressible(num_tokens, self.config.residual, self.geometry.block_size)
-        return end if end > self.head_len else 0
+        config = self.config
+        return compressible_end(num_tokens, config.sinks, config.residual, self.geometry.block_size)
 
     def num_compressible(self, num_tokens: int) -> int:
         """How many tokens of a context may be in pages."""

@@ -125,9 +125,14 @@ def test_a_new_request_also_empties_what_is_nobodys(engine: Engine) -> None:
     tables = engine.worker.heap.tables
     tables.page_counts.fill_(7)
     tables.compressed_lens.fill_(7)
+    # As a sleep of level 2 leaves it.
+    tables.key_norms.fill_(torch.nan)
     engine.worker.begin_step(StepPlan(new_slots=[1]))
     assert tables.compressed_lens.tolist() == [7, 0, 7, 0]
     assert not tables.page_counts[:, [1, NOBODY]].any()
+    mean, scale, order = tables.key_norms[:, [1, NOBODY]].unbind(2)
+    assert not mean.any() and (scale == 1).all()
+    assert torch.equal(order, torch.arange(HEAD_SIZE).half().expand_as(order))
 
 
 def test_prompts_attend_by_the_kernel_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:

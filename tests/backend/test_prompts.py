@@ -178,9 +178,12 @@ def test_the_reserve_covers_what_a_cap_lets_through(max_kept: float) -> None:
     selector = make_selector(max_kept=max_kept, ratio=1.0)
     masks = Prompt().masks(selector)
     rules, end = selector.rules, selector.rules.compressible_end(NUM_TOKENS)
-    kept = masks[:, :end].sum(1).tolist()
-    geometry = rules.geometry
-    pages = sum(geometry.num_pages(k, 4) + geometry.num_pages(end - k, 2) for k in kept)
+    geometry, start = rules.geometry, rules.head_len
+    kept = masks[:, start:end].sum(1).tolist()
+    rest = [end - start - k for k in kept]
+    pages = sum(
+        geometry.num_pages(k, 4) + geometry.num_pages(r, 2) for k, r in zip(kept, rest, strict=True)
+    )
     assert pages <= rules.num_reserved_pages(NUM_TOKENS)
 
 

@@ -174,3 +174,10 @@ def test_a_context_without_sums_leaves_the_others_theirs(bad: float) -> None:
         own = contexts.slices()[place]
         alone = select(mass[place], every[own], is_recent[own], config)
         assert torch.equal(together.kept[own], alone.kept)
+    far = torch.rand(120, generator=generator)
+    mass = torch.stack([far, mass.flatten()])
+    together = select_for_prefill(mass, every, is_recent, config, contexts)
+    for place in (0, 2):
+        own = contexts.slices()[place]
+        alone = select_for_prefill(mass[:, own], every[own], is_recent[own], config)
+        assert torch.equal(together.kept[own], alone.kept)

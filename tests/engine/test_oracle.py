@@ -99,6 +99,18 @@ CASES = {
         [(5, 8), (300, 60), (1100, 20)],
         {"max_num_batched_tokens": 512},
     ),
+    "papers-rule": Case(
+        WIDE_HEADS,
+        {"window": 0, "sinks": 0, "interval": 64},
+        [(300, 20), (700, 60)],
+        {"max_num_batched_tokens": 512},
+    ),
+    "long-head": Case(
+        EIGHT_TO_FOUR,
+        {"window": 9, "sinks": 40, "interval": 48, "residual": 0},
+        [(40, 20), (47, 60), (700, 60)],
+        {"max_num_batched_tokens": 256, "block_size": 16},
+    ),
     "sparse-only": Case(
         SEVEN_TO_ONE,
         {"compress": False},

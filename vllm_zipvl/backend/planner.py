@@ -28,7 +28,8 @@ class StepPlanner:
         if params is not None and (
             params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
         ):
-            # Sparse prefill leaves no attention output for the tokens that are not kept.
+            # What sparse prefill computes for tokens that are not kept is good enough for the
+            # tokens after them, but these are asked for themselves.
             self._dense_requests.add(request.request_id)
 
     def finish(self, request: "Request") -> None:

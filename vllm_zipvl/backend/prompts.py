@@ -11,12 +11,15 @@ import torch
 from vllm_zipvl.backend.runs import runs_of
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.probes import Probes, num_far_probes, num_visible_probes, probe_positions
-from vllm_zipvl.core.selection import cap_selection, select, select_for_prefill
+from vllm_zipvl.core.selection import Selection, cap_selection, select, select_for_prefill
 from vllm_zipvl.core.sequences import Chunks, Sequences
 from vllm_zipvl.core.transfer import to_device
 from vllm_zipvl.ops.probe_scores import ProbePlaces, probe_scores
 from vllm_zipvl.plan import ChunkPlan
 from vllm_zipvl.rules import CacheRules
+
+SORTED_AT_ONCE = 2**19
+"""Tokens of all layers that choosing for the cache sorts at once: bounds its temporary tensors."""
 
 
 class Kind(Enum):
@@ -77,7 +80,12 @@ class ProbedMass:
     def masks(self) -> tuple[torch.Tensor, ...]:
         """What the cache keeps of each prompt, bool [num_layers, its tokens]."""
         mass, contexts = torch.stack([self.layers[i] for i in sorted(self.layers)]), self._contexts
-        chosen = select(mass, self._num_visible, self._is_recent, self._config, contexts)
+        at_once = max(1, SORTED_AT_ONCE // contexts.num_tokens)
+        parts = [
+            select(layers, self._num_visible, self._is_recent, self._config, contexts)
+            for layers in mass.split(at_once)
+        ]
+        chosen = Selection(*map(torch.cat, zip(*parts, strict=True)))
         kept = cap_selection(chosen, self._is_recent, self._config.max_kept, contexts)
         return kept.split(contexts.lengths, dim=1)
 
@@ -203,7 +211,7 @@ class PromptSelector:
 
     def _kind(self, chunk: ChunkPlan) -> Kind:
         config = self.config
-        is_asked = config.sparse_prefill and not (chunk.attends_densely or config.keeps_all)
+        is_asked = config.prefills_sparsely and not chunk.attends_densely
         if is_asked and chunk.end >= config.min_tokens:
             return Kind.SPARSE
         if chunk.ends_prompt:
@@ -268,7 +276,8 @@ class PromptSelector:
         mass = self._accumulate_mass(batch, layer, probes, key, scale)
         if batch.kind is Kind.PROBING:
             return None
-        batch.probed.layers[layer] = mass.sum(0)
+        if any(self._is_chosen_from_after(chunk) for chunk in batch.chunks):
+            batch.probed.layers[layer] = mass.sum(0)
         chosen = select_for_prefill(
             mass, batch.num_far, batch.is_recent, self.config, batch.rows.contexts
         )
@@ -304,7 +313,8 @@ class PromptSelector:
             if earlier is not None:
                 random[:, tokens][:, : earlier.shape[1]] += earlier
             if not prompt.chunk.ends_prompt:
-                prompt.random_mass[layer] = random[:, tokens]
+                # A copy: a view would hold the mass of the whole batch.
+                prompt.random_mass[layer] = random[:, tokens].clone()
         return random + recent
 
     def finish_chunk(self, chunk: ChunkPlan) -> None:

@@ -53,7 +53,7 @@ def describe(vllm_config: VllmConfig, config: ZipVLConfig) -> str:
     prefill = (
         f"sparse prefill from {config.min_tokens} tokens with a window of {config.window} and "
         f"{config.sinks} sinks"
-        if config.sparse_prefill
+        if config.prefills_sparsely
         else "dense prefill"
     )
     if not config.compress:

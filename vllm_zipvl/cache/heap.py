@@ -27,7 +27,6 @@ class HeapTables:
         key_norms: float16 [num_layers, num_slots, 3, num_kv_heads, head_size].
         compressed_lens: int32 [num_slots], where the tokens end that are in pages or evicted; 0
             for none.
-        plain_norm: The key norm of a slot that has none, float16 as in `key_norms`.
 
     Args:
         geometry: Shapes of pages.
@@ -49,8 +48,7 @@ class HeapTables:
         self.page_counts = torch.zeros(*shape, 2, dtype=torch.int32, device=device)
         # What quantised keys are normalised by.
         plain = plain_norm(geometry.num_kv_heads, geometry.head_size, device)
-        self.plain_norm = torch.stack(plain)
-        self.key_norms = self.plain_norm.repeat(*shape, 1, 1, 1)
+        self.key_norms = torch.stack(plain).repeat(*shape, 1, 1, 1)
         self.compressed_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
 
@@ -96,7 +94,10 @@ class PageHeap:
         # What assigns a number to one element of a GPU's tensor waits for the GPU; this does not.
         tables.compressed_lens[slot].fill_(0)
         tables.page_counts[:, slot].fill_(0)
-        tables.key_norms[:, slot].copy_(tables.plain_norm)
+        geometry = self.geometry
+        # Made anew: sleep level 2 loses what was made with the layers, this table too.
+        plain = plain_norm(geometry.num_kv_heads, geometry.head_size, tables.key_norms.device)
+        tables.key_norms[:, slot].copy_(torch.stack(plain))
 
     def move(
         self, moves: Moves, kv_caches: Sequence[torch.Tensor], kept: torch.Tensor

@@ -166,7 +166,7 @@ class ZipVLManager(FullAttentionManager):
     def _num_exact_tokens(self, request: Request, num_tokens: int) -> int:
         """Tokens whose keys and values owe nothing to sparse prefill or compression."""
         config = self.rules.config
-        if config.sparse_prefill and num_tokens >= config.min_tokens:
+        if config.prefills_sparsely and num_tokens >= config.min_tokens:
             return 0
         return min(num_tokens, request.num_prompt_tokens) if config.compress else num_tokens
 

@@ -135,6 +135,20 @@ class PageGeometry:
         return cdiv(num_pages, self.pages_per_block)
 
 
+def head_len(sinks: int, block_size: int) -> int:
+    """First tokens of a context that stay dense: the sinks, in whole blocks."""
+    return cdiv(sinks, block_size) * block_size
+
+
+def compressible_end(num_tokens: int, sinks: int, residual: int, block_size: int) -> int:
+    """Where the tokens end, from the head on, that are compressed; 0 if there are none.
+
+    Whole blocks; the newest `residual` tokens stay dense.
+    """
+    end = num_compressible(num_tokens, residual, block_size)
+    return end if end > head_len(sinks, block_size) else 0
+
+
 def num_compressible(num_tokens: int, residual: int, block_size: int) -> int:
-    """Where the compressed tokens of a context end: whole blocks, `residual` stay dense."""
+    """Tokens of whole blocks without the newest `residual`."""
     return max(0, num_tokens - residual) // block_size * block_size

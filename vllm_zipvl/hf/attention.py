@@ -40,7 +40,7 @@ def zipvl_attention(
 
     Returns:
         The output [batch, num_queries, num_heads, head_size], zeros for padding and for queries
-        that were not kept; no attention weights.
+        that see nothing; no attention weights.
 
     Raises:
         ValueError: The model runs without a `ZipVLCache`, or padding is not on the left.

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_zipvl.config import ZipVLConfig
-from vllm_zipvl.core.geometry import UNQUANTISED, cdiv, num_compressible
+from vllm_zipvl.core.geometry import UNQUANTISED, compressible_end, head_len
 from vllm_zipvl.core.neighbourhood import visible_pairs
 from vllm_zipvl.core.probes import num_far_probes, num_visible_probes, probe_positions
 from vllm_zipvl.core.quantization import KeyNorm, key_norm, keys_through, through
@@ -287,14 +287,14 @@ class ZipVLCache(Cache):
     @property
     def head_len(self) -> int:
         """First tokens that stay whole: the sinks, in whole blocks."""
-        return cdiv(self.config.sinks, self.block_size) * self.block_size
+        return head_len(self.config.sinks, self.block_size)
 
     def compressible(self, num_tokens: int) -> int:
         """Where the tokens end, from the head on, that may be compressed; 0 if there are none."""
         if not self.config.compress:
             return 0
-        end = num_compressible(num_tokens, self.config.residual, self.block_size)
-        return end if end > self.head_len else 0
+        config = self.config
+        return compressible_end(num_tokens, config.sinks, config.residual, self.block_size)
 
     def selections(self, row: int = 0) -> list[Selection]:
         """What each layer's prefill attended to in the newest chunk of a row's prompt."""

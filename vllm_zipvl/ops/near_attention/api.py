@@ -5,7 +5,7 @@ import torch
 from vllm_zipvl.core.packed import PackedAttention
 from vllm_zipvl.core.sequences import Chunks
 from vllm_zipvl.ops.lazy import triton_module
-from vllm_zipvl.ops.near_attention import torch_tiles
+from vllm_zipvl.ops.near_attention import reference, torch_tiles
 
 
 def near_attention(
@@ -39,8 +39,9 @@ def near_attention(
     Returns:
         [num_queries, num_heads, head_size] in the dtype of `query`; sums are float32.
     """
-    in_triton = triton_module("vllm_zipvl.ops.near_attention.triton", key.device.type)
-    implementation = in_triton or torch_tiles
+    device = key.device.type
+    in_triton = triton_module("vllm_zipvl.ops.near_attention.triton", device)
+    implementation = in_triton or (torch_tiles if device == "cpu" else reference)
     return implementation.near_attention(
         query, key, value, kept, among_kept, chunks, scale, window, sinks
     )

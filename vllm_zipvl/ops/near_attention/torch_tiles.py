@@ -7,8 +7,8 @@ from vllm_zipvl.core.sequences import Chunks
 
 TILE = 64
 """Queries whose keys are gathered together."""
-MAX_GATHERED = 2**15
-"""Keys that are gathered at once, about."""
+MAX_GATHERED = 2**17
+"""Keys that are gathered at once, about, one for each query head that shares them."""
 HIDDEN = -1e30
 """Added to scores of pairs that are not seen: a row of nothing but those has no weight beside any
 other, and is finite."""
@@ -34,16 +34,18 @@ def near_attention(
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         return out.index_copy_(0, rows, among_kept.out[: len(rows)])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(query.shape[:2])
+    lse, group = torch.empty(query.shape[:2]), query.shape[1] // key.shape[1]
     for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
         num_tokens, num_queries = tokens.stop - tokens.start, own.stop - own.start
-        per_tile = TILE + window + sinks
+        # As far as the context reaches.
+        near = min(window, num_tokens), min(sinks, num_tokens)
+        per_tile = group * (TILE + sum(near))
         step = max(1, MAX_GATHERED // per_tile) * TILE
         for first in range(0, num_queries, step):
             part = slice(own.start + first, own.start + min(first + step, num_queries))
             start = num_tokens - num_queries + first
             out[part], lse[part] = _attend_tiles(
-                query[part], key[tokens], value[tokens], kept[tokens], start, scale, window, sinks
+                query[part], key[tokens], value[tokens], kept[tokens], start, scale, *near
             )
     weight = torch.sigmoid(among_kept.lse[: len(rows)] - lse[rows])[..., None]
     merged = torch.lerp(out[rows].float(), among_kept.out[: len(rows)].float(), weight)

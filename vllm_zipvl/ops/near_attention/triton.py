@@ -37,7 +37,7 @@ def _attend_tile(
     return top, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_stride", "lse_head_stride"])
 def _attend_near(
     query,
     key,

@@ -98,7 +98,9 @@ def _encode(
             mask = is_token[:, None] & (channels < head_size)[None, :]
             start = base * head_size // code_bytes + slot * head_size
             for side in tl.static_range(2):
-                x = tl.load(source[:, None] + side * head_size + channels[None, :], mask=mask)
+                x = tl.load(
+                    source[:, None] + side * head_size + channels[None, :], mask=mask, other=0
+                )
                 target = start + side * capacity * head_size
                 tl.store(elements + target[:, None] + channels[None, :], x, mask=mask)
         else:
