@@ -169,6 +169,6 @@ SCHEMES = {
 
 clipped: (c) with a narrower range at 2 bits. centred: clipped, keys less their channel means.
 scaled: centred, keys divided by their channels' standard deviations. mixed: keys as in (b) and
-values as in (c), both clipped at 2 bits. stored: the largest pair of channels in two zeros of a
-key, the others divided by the roots of their deviations; what the engine stores.
+values as in (c), both clipped at 2 bits. stored: the largest pair of channels in a key's two zeros,
+the others divided by the roots of their deviations; what the engine stores.
 """

@@ -10,7 +10,6 @@ import math
 import numba
 import numpy as np
 
-from vllm_zipvl.core.codes import SCALE_DROPPED_BITS
 from vllm_zipvl.ops.decode_attention.cpu_launch import DENSE, KEPT, REST
 from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     BFLOAT16,
@@ -25,7 +24,7 @@ from vllm_zipvl.ops.decode_attention.cpu_vectors import (
     score_tokens,
     weigh,
 )
-from vllm_zipvl.ops.halves import half_to_float
+from vllm_zipvl.ops.halves import half_to_float, scales_to_floats
 
 STEP_TOKENS = 64
 """Tokens of one softmax step, where a tile does not hold more."""
@@ -70,15 +69,15 @@ def _widen(kind, stored, start, stride, num_tokens, shape, work, first):
 def _load_params(halves, at, capacity, num_tokens, row, work, params):
     """Parameters of one page's tokens: a word of both scales, then the zeros."""
     for token in range(num_tokens):
-        scales = halves[_Index(at + token)]
-        key_scale = half_to_float(np.uint16((scales & 255) << SCALE_DROPPED_BITS))
-        value_scale = half_to_float(np.uint16((scales >> 8) << SCALE_DROPPED_BITS))
+        key_scale, value_scale = scales_to_floats(halves[_Index(at + token)])
+        early_zero = half_to_float(halves[_Index(at + capacity + token)])
+        late_zero = half_to_float(halves[_Index(at + 2 * capacity + token)])
+        value_zero = half_to_float(halves[_Index(at + 3 * capacity + token)])
         work[_Index(params + token)] = key_scale
+        work[_Index(params + row + token)] = early_zero
+        work[_Index(params + 2 * row + token)] = late_zero
         work[_Index(params + 3 * row + token)] = value_scale
-    for i in range(1, 4):
-        to = params + (i if i < 3 else 4) * row
-        for token in range(num_tokens):
-            work[_Index(to + token)] = half_to_float(halves[_Index(at + i * capacity + token)])
+        work[_Index(params + 4 * row + token)] = value_zero
 
 
 @numba.njit(cache=True)

@@ -73,7 +73,7 @@ def _part_range(
     columns = tl.arange(0, part_padded)
     is_own = columns < part_size
     y = _rotated(
-        source, norms, rotation, is_token, part * part_size + columns, is_own, head_size,
+        source, norms, rotation, is_token, columns + part * part_size, is_own, head_size,
         channels_padded, tile_channels, normalises,
     )  # fmt: skip
     own = is_own[None, :]
