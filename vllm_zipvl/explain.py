@@ -21,6 +21,8 @@ from vllm_zipvl.hf import NAME, ZipVLCache
 
 NUM_SHOWN = 6
 """Layers whose kept patches are drawn, at most."""
+INTEGERS = ("window", "sinks", "probe_recent", "probe_random", "high_bits", "low_bits")
+"""Settings that the command line takes beside tau and ratio."""
 
 
 class Explanation(NamedTuple):
@@ -151,7 +153,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for field in fields(ZipVLConfig):
         if field.name in ("tau", "ratio"):
             parser.add_argument(f"--{field.name}", type=float, default=field.default)
-        elif field.name in ("probe_recent", "probe_random", "high_bits", "low_bits"):
+        elif field.name in INTEGERS:
             name = f"--{field.name.replace('_', '-')}"
             parser.add_argument(name, type=int, default=field.default)
     return parser.parse_args(arguments)
