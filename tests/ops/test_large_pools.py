@@ -28,7 +28,7 @@ def results(pool: torch.Tensor, first_block: int) -> list[torch.Tensor]:
     queries, lse = torch.randn(NUM_LAYERS, 2, 6, 64).to(DTYPE), torch.rand(NUM_LAYERS, 2, 6)
     scores = tail_scores(queries, lse, kv_caches, table, contexts, 0.125)
     pages = (first_block + 4) * GEOMETRY.pages_per_block + torch.arange(24).view(2, 2, 6)
-    norms = torch.zeros(NUM_LAYERS, 2, 2, 2, 64).half()
+    norms = torch.zeros(NUM_LAYERS, 2, 3, 2, 64).half()
     before = torch.zeros(NUM_LAYERS, 2, 2, dtype=torch.int32)
     heap = pool.view(-1, GEOMETRY.page_bytes)
     tables = PageTables(heap, pages.int(), torch.tensor([1, 0]), before, norms, GEOMETRY)

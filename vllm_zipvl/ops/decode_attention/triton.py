@@ -183,9 +183,11 @@ def workspace_bytes(
         programs = max(programs, _programs_at_once(device))
     else:
         programs *= INTERPRETED_SHARES
-    # A sum, a maximum and a total of every share; queries in float32, scaled, and folded.
+    # A sum, a maximum and a total of every share; queries in float32, in order, scaled and folded;
+    # norms of the rows, with the order as int64 too.
     shares = programs * num_heads // num_kv_heads * (head_size + 2)
-    return torch.float32.itemsize * (shares + 3 * num_queries * num_heads * head_size)
+    vectors = 4 * num_queries * (num_heads + num_kv_heads)
+    return torch.float32.itemsize * (shares + vectors * head_size)
 
 
 def _programs_at_once(device: torch.device) -> int:
