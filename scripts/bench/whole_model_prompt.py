@@ -84,6 +84,8 @@ class Prompt:
 
     def masks(self) -> torch.Tensor:
         """What the cache keeps at high precision of the tokens that are compressed, by layer."""
+        if not self.config.chooses_for_cache:
+            return torch.ones(len(self.kv_caches), self.end, dtype=torch.bool)
         (masks,) = self.batch.probed.masks
         return masks[:, : self.end]
 
