@@ -38,8 +38,15 @@ class Question(NamedTuple):
         return self.methods[method]["answer"] == self.expected
 
 
-def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a file of `evaluate.py`, and how many bytes these are.
+def read_rows(
+    file: Path, needed: Iterable[str] = ("methods",), what: str = "answers"
+) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a file of rows, and how many bytes these are.
+
+    Args:
+        file: What `evaluate.py` or `real.py` wrote.
+        needed: What every row has.
+        what: The rows are, for messages.
 
     Raises:
         SystemExit: It has other lines, or cannot be read.
@@ -51,16 +58,16 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
     num_bytes = text.rfind(b"\n") + 1
     # An interruption leaves a part of a row.
     if num_bytes < len(text) and not text[num_bytes:].startswith(b'{"'):
-        raise SystemExit(f"{file} is no file of answers; choose another one")
+        raise SystemExit(f"{file} is no file of {what}; choose another one")
     rows = []
     for number, line in enumerate(text[:num_bytes].splitlines(), start=1):
         try:
             row = json.loads(line)
-            is_row = "methods" in row
-        except (ValueError, TypeError):
+            is_row = isinstance(row, dict) and row.keys() >= set(needed)
+        except ValueError:
             is_row = False
         if not is_row:
-            raise SystemExit(f"{file}, line {number}: no answers to a question")
+            raise SystemExit(f"{file}, line {number}: no {what}")
         rows.append(row)
     return rows, num_bytes
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from answers import Share
 from real_methods import METHODS
-from real_rows import key_of, read_rows
+from real_rows import key_of, read_study
 
 SHARES = {"kept": "kept %", "pairs": "pairs %", "kv_bytes": "KV bytes %"}
 """Means without an interval."""
@@ -137,7 +137,7 @@ def table(
 
 def report(files: list[Path], wanted: list[str] | None = None, against: str | None = None) -> str:
     """All tables."""
-    rows = [row for file in files for row in read_rows(file)[0]]
+    rows = [row for file in files for row in read_study(file)[0]]
     parts = []
     for (task, tokens), methods in groups(rows).items():
         num = max(map(len, methods.values()))

@@ -7,6 +7,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from answers import read_rows
+
 VERSION = 2
 """Raised when the same method would give other figures."""
 
@@ -38,29 +40,9 @@ def digest_of(model: str, text: str, method: Any) -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
-def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a file of rows, and how many bytes these are.
-
-    Raises:
-        SystemExit: It has other lines, or cannot be read.
-    """
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise SystemExit(f"{file}: {error.strerror}") from error
-    num_bytes = text.rfind(b"\n") + 1
-    # An interruption leaves a part of a row.
-    if num_bytes < len(text) and not text[num_bytes:].startswith(b'{"'):
-        raise SystemExit(f"{file} is no file of rows; choose another one")
-    rows = []
-    for number, line in enumerate(text[:num_bytes].splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            key_of(row), row["digest"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise SystemExit(f"{file}, line {number}: no row of a study") from error
-        rows.append(row)
-    return rows, num_bytes
+def read_study(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """As `answers.read_rows`, of rows of a study."""
+    return read_rows(file, (*Key._fields, "digest"), "rows of a study")
 
 
 class Rows:
@@ -74,7 +56,7 @@ class Rows:
         self.file = file
         self.digests: dict[Key, str] = {}
         if file.exists():
-            rows, num_bytes = read_rows(file)
+            rows, num_bytes = read_study(file)
             self.digests = {key_of(row): row["digest"] for row in rows}
             os.truncate(file, num_bytes)
 

@@ -235,7 +235,9 @@ class ZipVLManager(FullAttentionManager):
     ) -> CompressionPlan:
         start = self._next_start(state)
         first, last = start // self.block_size, cdiv(context_len, self.block_size)
-        blocks = [block.block_id for block in self.req_to_blocks[request_id][:last]]
+        blocks = self.req_to_blocks[request_id]
+        # Only a prompt's decision looks at the head.
+        head = blocks[:first] if is_prompt else []
         assert state.slot is not None
         state.pending = CompressionPlan(
             plan_id=next(self._plan_ids),
@@ -245,8 +247,8 @@ class ZipVLManager(FullAttentionManager):
             end=end,
             context_len=context_len,
             is_prompt=is_prompt,
-            head_block_ids=blocks[:first] if is_prompt else [],
-            dense_block_ids=blocks[first:],
+            head_block_ids=[block.block_id for block in head],
+            dense_block_ids=[block.block_id for block in blocks[first:last]],
             heap_block_ids=[block.block_id for block in state.blocks],
             first_page=state.num_pages,
             is_first=state.compressed_len == 0,

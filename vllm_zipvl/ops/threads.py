@@ -12,7 +12,7 @@ def _launch_threads() -> None:
     """Start numba's threads, which share OpenMP's settings with torch: put torch's back.
 
     numba lets parallel regions nest. Within torch's own, such as those of its flash attention, each
-    small matrix product would then start a team of threads, which took ten times as long.
+    small matrix product would then start a team of threads, which takes many times as long.
     """
     num_threads, openmp = torch.get_num_threads(), torchs_openmp()
     numba.get_num_threads()
