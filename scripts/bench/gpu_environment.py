@@ -4,7 +4,7 @@ import configparser
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT, BENCH = Path(__file__).parents[2], Path(__file__).parent
 
 
 def write_metadata(folder: Path) -> None:
@@ -32,7 +32,7 @@ def write_metadata(folder: Path) -> None:
 
 def environment(metadata: Path, vllm: Path | None) -> dict[str, str]:
     """What all parts have; neither this package nor vLLM need be installed."""
-    paths = [str(metadata), str(ROOT), *([str(vllm.resolve())] if vllm else [])]
+    paths = [str(metadata), str(ROOT), str(BENCH), *([str(vllm.resolve())] if vllm else [])]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     found = {
         "PYTHONPATH": os.pathsep.join(paths),

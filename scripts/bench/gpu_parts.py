@@ -17,6 +17,8 @@ BENCH = Path(__file__).parent
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
 OPS = [*PYTEST, "--confcutdir=tests/ops", "tests/ops"]
 """The operations' tests, without what the other tests import."""
+ON_GPU = ["-p", "lone_flash"]
+"""FlashAttention is tested where the rest of vLLM is missing, too."""
 WRITES = "test_any_precision_has_a_codec or test_tokens_of_all_layers or test_normalised_keys"
 CHECKED = f"test_serving_shapes or {WRITES} or side_by_side or test_scores_match"
 """What the kernels that serve give; the other tests take minutes to compile theirs."""
@@ -82,7 +84,7 @@ def in_parallel() -> list[str]:
 def gate(call: Call, seconds: int) -> Part:
     if call.is_dry:
         return Part([*OPS, "-k", DRY], seconds, 3, is_gate=True)
-    return Part([*OPS, *in_parallel(), "-k", CHECKED], seconds, 8, is_gate=True)
+    return Part([*OPS, *ON_GPU, *in_parallel(), "-k", CHECKED], seconds, 8, is_gate=True)
 
 
 def first_look(call: Call) -> Parts:
@@ -121,13 +123,13 @@ def model(call: Call) -> Parts:
 
 def checks(call: Call) -> Parts:
     """Every test of the operations, and their writes under the sanitizer."""
-    tests = OPS + ([] if call.is_dry else in_parallel())
+    tests = OPS + ([] if call.is_dry else ON_GPU + in_parallel())
     found = {"tests": Part([*tests, *["-k", DRY] * call.is_dry], 300, 12)}
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not call.is_dry:
         # Tensors out of one large allocation would hide what runs over their ends.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [sanitizer, "--error-exitcode", "9", *OPS, "-k", SANITISED]
+        command = [sanitizer, "--error-exitcode", "9", *OPS, *ON_GPU, "-k", SANITISED]
         found["sanitizer"] = Part(command, 240, 12, environment=alone)
     return found
 

@@ -1,7 +1,7 @@
 """FlashAttention of vLLM's build where the rest of vLLM does not import.
 
 Its interface asks one thing of vLLM: which GPU this is. So its folder alone is enough to measure
-against it, without what vLLM imports.
+against it, without what vLLM imports. Tests find it with `pytest -p lone_flash`.
 """
 
 import sys
@@ -40,11 +40,16 @@ def find() -> str | None:
     if spec is None:
         return "there is no vLLM"
     try:
-        import_module(NAME)
+        _import()
     # Half of a vLLM fails in its own ways.
     except Exception:
         return _import_alone(list(spec.submodule_search_locations or []))
     return None
+
+
+def _import() -> None:
+    """With a question that it asks vLLM about, not before."""
+    import_module(NAME).is_fa_version_supported(3)
 
 
 def _import_alone(folders: list[str]) -> str | None:
@@ -58,8 +63,13 @@ def _import_alone(folders: list[str]) -> str | None:
     )
     sys.modules |= {"vllm": vllm, "vllm.platforms": platforms}
     try:
-        import_module(NAME)
+        _import()
     except ImportError as error:
         _forget_vllm()
         return str(error).splitlines()[0]
     return None
+
+
+def pytest_configure() -> None:
+    """Before the tests look for it."""
+    find()

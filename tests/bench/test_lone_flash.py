@@ -54,6 +54,24 @@ def test_its_interface_is_enough(vllm: Path) -> None:
     assert second.endswith(" None"), "found again"
 
 
+def test_it_asks_when_it_is_called(tmp_path: Path) -> None:
+    interface = """
+def is_fa_version_supported(version):
+    from vllm.platforms import current_platform
+    return version == 3 and current_platform.is_device_capability_family(90)
+
+def flash_attn_varlen_func():
+    pass
+"""
+    folder = tmp_path / "vllm" / "vllm_flash_attn"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(interface)
+    (folder.parent / "__init__.py").touch()
+    first, second = found(tmp_path)
+    assert first.startswith("None |")
+    assert "version=3" in second
+
+
 def test_why_it_is_not_there(vllm: Path) -> None:
     interface = "raise ImportError('built for another torch')\n"
     (vllm / "vllm" / "vllm_flash_attn" / "__init__.py").write_text(interface)
