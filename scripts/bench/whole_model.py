@@ -117,9 +117,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         shape = (DRY_MODELS if is_dry else MODELS)[name]
         # A dry run goes both ways.
         dense = dense_of(shape.layer, pretends=is_dry and name == "LongVA-7B")
-        no_fp8 = check(dense, device)
-        with device:
-            decoder = Decoder(shape, max(*sizes.prefill_tokens, 2 * sizes.decode_tokens))
+        no_fp8 = check(dense)
+        decoder = Decoder(shape, max(*sizes.prefill_tokens, 2 * sizes.decode_tokens))
         bench = Bench(name, shape, decoder, dense, config, sizes, Clock(device), no_fp8)
         for op in arguments.ops:
             if op == "decode":
@@ -162,6 +161,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     device = device_of(arguments.dry_run)
+    torch.set_default_device(device)
     if not arguments.dry_run:
         lone_flash.find()
     torch.manual_seed(0)
