@@ -84,7 +84,7 @@ class Tally:
         self.random = masses
         self.positions = np.concatenate([self.positions, random])
         probes = np.concatenate([self.positions, recent])
-        num_visible = torch.from_numpy(num_visible_probes(probes, end))
+        num_visible = torch.from_numpy(num_visible_probes(probes, end)).to(query.device)
         num_outside = torch.nn.functional.pad(num_visible, (0, probing.window))[probing.window :]
         num_outside[: probing.sinks] = 0
         mass, outside = masses + self._masses(query, key, recent, scale)

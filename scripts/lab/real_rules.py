@@ -59,8 +59,9 @@ class Rule:
 
     def _scores(self, mass: torch.Tensor, num_visible: torch.Tensor) -> torch.Tensor:
         if self.order == "random":
-            generator = torch.Generator().manual_seed(zlib.crc32(mass.numpy().tobytes()))
-            return torch.rand(mass.shape, generator=generator)
+            seed = zlib.crc32(mass.cpu().numpy().tobytes())
+            generator = torch.Generator("cpu").manual_seed(seed)
+            return torch.rand(mass.shape, generator=generator, device="cpu").to(mass.device)
         scores = mass / num_visible
         if self.smooth:
             width = 2 * self.smooth + 1

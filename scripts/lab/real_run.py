@@ -70,7 +70,7 @@ class Runner:
     def __init__(self, model: Any) -> None:
         model.config._attn_implementation = NAME
         self.model, self.head = model.model, model.lm_head
-        self.num_layers = len(self.model.layers)
+        self.num_layers, self.device = len(self.model.layers), model.device
 
     def layers(self, ids: torch.Tensor, first: int, attend: Attend) -> torch.Tensor:
         """Tokens from position `first` on through all layers, [num_tokens, hidden_size]."""

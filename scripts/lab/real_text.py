@@ -13,6 +13,8 @@ import torch
 ANSWER_TOKENS = 64
 MIN_DOCSTRING = 800
 """Characters; shorter ones are no text."""
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "pydoc_data"}
+"""Folders of the standard library: what was installed, and what is no text about it."""
 
 
 class Stretch(NamedTuple):
@@ -41,7 +43,9 @@ class Stretch(NamedTuple):
 def _docstrings() -> list[str]:
     """Long docstrings of the standard library's own modules, file by file."""
     folder, found = Path(sysconfig.get_path("stdlib")), []
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.rglob("*.py")):
+        if LEFT_OUT & {*file.relative_to(folder).parts}:
+            continue
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):

@@ -13,6 +13,7 @@ import real_model
 import real_report
 import real_text
 import torch
+from real_answers import divergence
 from real_cache import BLOCK_SIZE, Cache
 from real_methods import METHODS, Method, cut, sparse
 from real_rules import Rule
@@ -81,7 +82,7 @@ def check_agreement(model, ids: torch.Tensor, answer: torch.Tensor, method: Meth
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     else:
         # Sums in another order, and a code may fall on the other side of a rounding.
-        assert abs(real.divergence(expected, found)) < 1e-3
+        assert abs(divergence(expected, found)) < 1e-3
 
 
 @pytest.mark.parametrize("bits", [(16, 16), (8, 4), (4, 2), (16, 0)])
@@ -156,6 +157,15 @@ def test_a_study_goes_on_after_an_interruption(run, tmp_path):
     tables = real_report.report([out], against="cache-4/2-tau0.9")
     assert "text, 96 tokens, 2 stretches (loss" in tables and "right %" in tables
     assert "1.00 (1.00 to 1.00)" in tables
+
+
+def test_processes_share_the_stretches(run, tmp_path):
+    some = ("--docs", "2", "--methods", "full", "zipvl-tau0.9", "random-0.4")
+    alone = run(*some)
+    (tmp_path / "rows.jsonl").unlink()
+    found = run(*some, "--processes", "2")
+    figures = [[{**row, "seconds": 0} for row in rows] for rows in (alone, found)]
+    assert sorted(map(str, figures[0])) == sorted(map(str, figures[1]))
 
 
 def test_rows_of_something_else_are_refused(run, tmp_path):

@@ -1,0 +1,143 @@
+"""One stretch under many methods, in this process or in several."""
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import real_model
+import torch
+from real_methods import METHODS, Method
+from real_prefill import Prefill
+from real_run import Prompt, Runner
+from real_text import Stretch
+
+FULL = "full"
+WHOLE = {METHODS[FULL], *(method.whole for method in METHODS.values() if method.whole)}
+"""What others are compared with."""
+Figures = dict[str, Any]
+
+
+class Work(NamedTuple):
+    """A stretch, and the names of the methods that are asked of it."""
+
+    stretch: Stretch
+    methods: list[str]
+
+
+class Answers:
+    """One stretch under all methods: prefills and full attention's answer are shared.
+
+    Args:
+        runner: The model, where tensors are made by default.
+        stretch: Prompt and answer.
+    """
+
+    def __init__(self, runner: Runner, stretch: Stretch) -> None:
+        self.runner = runner
+        device = runner.device
+        self.ids, self.answer = stretch.prompt.to(device), stretch.answer.to(device)
+        self.prompts: dict[Prefill, Prompt] = {}
+        self.compared: dict[Method, torch.Tensor] = {}
+
+    def prompt(self, prefill: Prefill) -> Prompt:
+        if prefill not in self.prompts:
+            # One beside full attention's is enough: methods come by their prefills.
+            self.prompts = dict(list(self.prompts.items())[:1])
+            self.prompts[prefill] = self.runner.prefill(self.ids, prefill)
+        return self.prompts[prefill]
+
+    def logprobs(self, method: Method) -> torch.Tensor:
+        if method in self.compared:
+            return self.compared[method]
+        prompt = self.prompt(method.prefill)
+        found = self.runner.answer(prompt, self.answer, method.cache).log_softmax(-1)
+        if method in WHOLE:
+            self.compared[method] = found
+        return found
+
+    def row(self, method: Method) -> Figures:
+        """Figures of one method."""
+        full, found = self.logprobs(METHODS[FULL]), self.logprobs(method)
+        answer = self.answer
+        prompt = self.prompt(method.prefill)
+        kept = [float(view.kept.float().mean()) for view in prompt.views]
+        kv_bytes, high = method.cache.share(prompt.stored(), prompt.views)
+        row = {
+            "kept": round(sum(kept) / len(kept), 4),
+            "pairs": round(sum(prompt.pairs) / len(kept), 4),
+            "kv_bytes": round(kv_bytes, 4),
+            "high": round(high, 4),
+            "loss": round(-float(found.gather(1, answer[:, None]).mean()), 5),
+            "kl": round(divergence(full, found), 6),
+            "same": round(float((full.argmax(-1) == found.argmax(-1)).float().mean()), 5),
+            "right": int((found.argmax(-1) == answer).all()),
+        }
+        if method.whole is not None:
+            row["kl_whole"] = round(divergence(self.logprobs(method.whole), found), 6)
+        return row
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL divergence in nats, mean over tokens, of log-probabilities [num_tokens, vocabulary]."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+class Measurer:
+    """Measures stretches on one device.
+
+    Args:
+        folder: Of the model.
+        device: "cpu" or "cuda".
+        threads: Of torch.
+    """
+
+    def __init__(self, folder: Path, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        model, _ = real_model.load(folder)
+        self.device = torch.device(device)
+        self.runner = Runner(model.to(self.device))
+
+    def rows(self, work: Work) -> Iterator[tuple[str, Figures]]:
+        """Name and figures of each method, with the seconds that they took."""
+        with self.device:
+            answers = Answers(self.runner, work.stretch)
+            for name in work.methods:
+                began = time.perf_counter()
+                row = answers.row(METHODS[name])
+                yield name, row | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+_measurer: Measurer | None = None
+"""Of a worker process."""
+
+
+def _begin(folder: Path, device: str, threads: int) -> None:
+    global _measurer
+    _measurer = Measurer(folder, device, threads)
+
+
+def _measure(work: Work) -> list[tuple[str, Figures]]:
+    assert _measurer is not None
+    return list(_measurer.rows(work))
+
+
+def measured(
+    works: Iterable[Work], folder: Path, device: str, threads: int, processes: int
+) -> Iterator[tuple[Stretch, str, Figures]]:
+    """Stretch, method and figures as they come; several processes give whole stretches."""
+    if processes == 1:
+        measurer = Measurer(folder, device, threads)
+        for work in works:
+            for name, row in measurer.rows(work):
+                yield work.stretch, name, row
+        return
+    with ProcessPoolExecutor(
+        processes, get_context("spawn"), _begin, (folder, device, threads)
+    ) as pool:
+        futures = {pool.submit(_measure, work): work for work in works}
+        for future in as_completed(futures):
+            for name, row in future.result():
+                yield futures[future].stretch, name, row
