@@ -1,10 +1,10 @@
 """One stretch under many methods, in this process or in several."""
 
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Iterator
+from multiprocessing import Queue, get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any, NamedTuple
 
 import real_model
@@ -18,6 +18,8 @@ FULL = "full"
 WHOLE = {METHODS[FULL], *(method.whole for method in METHODS.values() if method.whole)}
 """What others are compared with."""
 Figures = dict[str, Any]
+POLL_SECONDS = 5.0
+"""After which processes are asked whether they still run."""
 
 
 class Work(NamedTuple):
@@ -110,34 +112,50 @@ class Measurer:
                 yield name, row | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-_measurer: Measurer | None = None
-"""Of a worker process."""
-
-
-def _begin(folder: Path, device: str, threads: int) -> None:
-    global _measurer
-    _measurer = Measurer(folder, device, threads)
-
-
-def _measure(work: Work) -> list[tuple[str, Figures]]:
-    assert _measurer is not None
-    return list(_measurer.rows(work))
+def _share(share: dict[int, Work], how: tuple[Path, str, int], rows: "Queue[Any]") -> None:
+    """What one of several processes does; its tensors would not outlive it."""
+    measurer = Measurer(*how)
+    for index, work in share.items():
+        for name, row in measurer.rows(work):
+            rows.put((index, name, row))
+    rows.put(None)
 
 
 def measured(
-    works: Iterable[Work], folder: Path, device: str, threads: int, processes: int
+    works: list[Work], folder: Path, device: str, threads: int, processes: int
 ) -> Iterator[tuple[Stretch, str, Figures]]:
-    """Stretch, method and figures as they come; several processes give whole stretches."""
+    """Stretch, method and figures, each as it comes; processes share the stretches.
+
+    Raises:
+        SystemExit: A process ended before its share was done.
+    """
+    how = folder, device, threads
     if processes == 1:
-        measurer = Measurer(folder, device, threads)
+        measurer = Measurer(*how)
         for work in works:
             for name, row in measurer.rows(work):
                 yield work.stretch, name, row
         return
-    with ProcessPoolExecutor(
-        processes, get_context("spawn"), _begin, (folder, device, threads)
-    ) as pool:
-        futures = {pool.submit(_measure, work): work for work in works}
-        for future in as_completed(futures):
-            for name, row in future.result():
-                yield futures[future].stretch, name, row
+    context = get_context("spawn")
+    rows = context.Queue()
+    every = dict(enumerate(works))
+    shares = [
+        {i: work for i, work in every.items() if i % processes == share}
+        for share in range(min(processes, len(works)))
+    ]
+    running = [context.Process(target=_share, args=(s, how, rows), daemon=True) for s in shares]
+    for process in running:
+        process.start()
+    num_running = len(running)
+    while num_running:
+        try:
+            found = rows.get(timeout=POLL_SECONDS)
+        except Empty:
+            if any(process.exitcode for process in running):
+                raise SystemExit("a process failed; what it printed says why") from None
+            continue
+        if found is None:
+            num_running -= 1
+        else:
+            index, name, row = found
+            yield works[index].stretch, name, row

@@ -9,16 +9,17 @@ from pydoc_data.topics import topics
 
 import pytest
 import real
+import real_answers
 import real_model
 import real_report
 import real_text
 import torch
-from real_answers import divergence
+from real_answers import Work, divergence
 from real_cache import BLOCK_SIZE, Cache
 from real_methods import METHODS, Method, cut, sparse
 from real_rules import Rule
 from real_run import Prompt, Runner
-from real_text import Texts
+from real_text import Stretch, Texts
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED
@@ -166,6 +167,13 @@ def test_processes_share_the_stretches(run, tmp_path):
     found = run(*some, "--processes", "2")
     figures = [[{**row, "seconds": 0} for row in rows] for rows in (alone, found)]
     assert sorted(map(str, figures[0])) == sorted(map(str, figures[1]))
+
+
+def test_a_process_that_fails_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(real_answers, "POLL_SECONDS", 0.1)
+    stretch = Stretch("text", 4, 0, torch.tensor([1, 2, 3, 4]), torch.tensor([5]))
+    with pytest.raises(SystemExit, match="a process failed"):
+        list(real_answers.measured([Work(stretch, ["full"])] * 2, tmp_path, "cpu", 1, 2))
 
 
 def test_rows_of_something_else_are_refused(run, tmp_path):
