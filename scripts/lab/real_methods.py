@@ -90,6 +90,9 @@ PREFILLS: dict[str, Method] = {
         for recent, others in ((32, 32), (64, 192), (128, 128))
     },
     "smooth-1-tau0.975": sparse(smooth=1),
+    "loudest-tau0.975": sparse(order="loudest"),
+    **{f"recent-x{weight}-tau0.975": sparse(recent_again=weight - 1) for weight in (3, 8)},
+    "recent-x3-tau0.985": sparse(0.985, recent_again=2),
     "kv_head-sets-tau0.975": sparse(sets="kv_head"),
     "dense-first-2-tau0.975": sparse(dense_layers=2),
     **{

@@ -84,6 +84,7 @@ class Sparse:
         sinks: First tokens that every query sees.
         probe_recent: Last positions of a chunk that probe.
         probe_random: Random ones.
+        recent_again: How many times more each of the last positions counts than a random one.
         chunk: Tokens of a chunk; None is the whole prompt.
         dense_layers: First layers that attend densely.
         dense_half: Whether the first half of the layers does.
@@ -95,6 +96,7 @@ class Sparse:
     sinks: int = ZipVLConfig.sinks
     probe_recent: int = ZipVLConfig.probe_recent
     probe_random: int = ZipVLConfig.probe_random
+    recent_again: int = 0
     chunk: int | None = None
     dense_layers: int = 0
     dense_half: bool = False
@@ -121,7 +123,10 @@ class _ByProbes:
 
     def view(self, layer: Layer) -> View:
         method = self.method
-        probing = Probing(method.probe_recent, method.probe_random, 0, method.window, method.sinks)
+        near = method.window, method.sinks
+        probing = Probing(
+            method.probe_recent, method.probe_random, 0, *near, 1 + method.recent_again
+        )
         tally = self.tallies.setdefault(layer.index, Tally(probing))
         seen = tally.add(layer.query, layer.key, layer.scale)
         kept = method.rule.choose(seen, layer.key.shape[0])
