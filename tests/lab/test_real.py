@@ -160,6 +160,18 @@ def test_a_study_goes_on_after_an_interruption(run, tmp_path):
     assert "1.00 (1.00 to 1.00)" in tables
 
 
+def test_a_short_prompt_begins_with_blocks_of_a_long_one(folder):
+    model, tokenizer = real_model.load(folder)
+    ids, runner = Texts(tokenizer).ids[:200], Runner(model)
+    whole, answer = sparse(1.0, **SHORT).prefill, ids[80:90]
+    dense = runner.answer(runner.prefill(ids[:80], whole), answer, Cache())
+    found = runner.share(runner.prefill(ids, whole), 64, ids[64:80], answer)
+    torch.testing.assert_close(found, dense, atol=1e-4, rtol=1e-4)
+    paper = sparse(0.5, window=0, sinks=0, **SHORT).prefill
+    other = runner.share(runner.prefill(ids, paper), 64, ids[64:80], answer)
+    assert (other - dense).abs().max() > 1e-2
+
+
 def test_processes_share_the_stretches(run, tmp_path):
     some = ("--docs", "2", "--methods", "full", "zipvl-tau0.9", "random-0.4")
     alone = run(*some)
