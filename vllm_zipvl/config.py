@@ -49,7 +49,7 @@ class ZipVLConfig:
     tau: float = 0.975
     ratio: float | None = None
     high_bits: int = 4
-    low_bits: int = 2
+    low_bits: int = 4
     window: int = 64
     sinks: int = 4
     probe_recent: int = 64
