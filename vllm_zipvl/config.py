@@ -54,7 +54,7 @@ class ZipVLConfig:
     sinks: int = 4
     probe_recent: int = 64
     probe_random: int = 64
-    min_tokens: int = 512
+    min_tokens: int = 2048
     interval: int = 128
     residual: int = 32
     max_kept: float = 1.0

@@ -74,6 +74,10 @@ class Whole:
         yield slice(0, num_tokens)
 
 
+MIN_TOKENS = 512
+"""Less than by default: what the rule does shows at 1,024 tokens already."""
+
+
 @dataclass(frozen=True)
 class Sparse:
     """The package's prefill, and what may be put in the place of its parts.
@@ -100,7 +104,7 @@ class Sparse:
     chunk: int | None = None
     dense_layers: int = 0
     dense_half: bool = False
-    min_tokens: int = ZipVLConfig.min_tokens
+    min_tokens: int = MIN_TOKENS
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """As vLLM's token budget would cut; a last token alone joins the chunk before it."""

@@ -78,9 +78,10 @@ def forced(
     return choices, kept
 
 
-@pytest.mark.parametrize("settings", [{}, {"low_bits": 2}, {"high_bits": 16, "low_bits": 16}])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 2), (16, 16)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_first_choices_and_kept_sets(folder, prompts, dtype, settings) -> None:
+def test_same_first_choices_and_kept_sets(folder, prompts, dtype, bits) -> None:
+    settings = {"high_bits": bits[0], "low_bits": bits[1], "min_tokens": NUM_TOKENS // 2}
     common = {"dtype": dtype, "block_size": BLOCK_SIZE, "max_num_seqs": 1}
     from vllm import SamplingParams
 
