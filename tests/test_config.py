@@ -31,7 +31,7 @@ def test_defaults_without_an_entry():
         ("sparse_prefill", 1, "true or false"),
         ("compress", "yes", "true or false"),
         ("prefill_kernel", "fa3", "one of ('auto', 'flash_attn', 'triton')"),
-        ("prefix_sharing", "off", "one of ('approximate', 'exact')"),
+        ("prefix_sharing", "off", "one of ('alike', 'approximate', 'exact')"),
     ],
 )
 def test_an_error_names_key_value_and_choices(key, value, choices):

@@ -7,7 +7,7 @@ from typing import Any
 
 HIGH_BITS = (16, 8, 4)
 LOW_BITS = (16, 8, 4, 2, 0)
-PREFIX_SHARING = ("approximate", "exact")
+PREFIX_SHARING = ("alike", "approximate", "exact")
 PREFILL_KERNELS = ("auto", "flash_attn", "triton")
 KEY = "zipvl"
 
@@ -36,8 +36,9 @@ class ZipVLConfig:
         seed: Seed of the random probes.
         sparse_prefill: Whether prefill attends to kept tokens and neighbourhoods alone.
         compress: Whether the cache is compressed after the prompt and during decode.
-        prefix_sharing: "approximate" lets other requests reuse blocks computed by sparse
-            prefill; "exact" keeps such blocks out of the prefix cache.
+        prefix_sharing: Who may reuse blocks of a prompt that is prefilled sparsely: "alike" are
+            requests that are themselves, "approximate" all, and "exact" keeps out of the prefix
+            cache what sparse prefill computed.
         prefill_kernel: What computes prefill attention; "auto" is the first that runs of
             flash_attn and triton, and on a CPU the kernels of vLLM and torch.
 
@@ -61,7 +62,7 @@ class ZipVLConfig:
     seed: int = 0
     sparse_prefill: bool = True
     compress: bool = True
-    prefix_sharing: str = "approximate"
+    prefix_sharing: str = "alike"
     prefill_kernel: str = "auto"
 
     def __post_init__(self) -> None:

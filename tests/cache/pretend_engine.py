@@ -162,6 +162,8 @@ class Memory:
         self._pages: dict[int, dict[int, list[int]]] = {}
         # Blocks whose keys and values owe something to sparse prefill or to compression.
         self.inexact: set[int] = set()
+        # Those that owe something to sparse prefill.
+        self.sparse: set[int] = set()
 
     def write_dense(self, block_id: int, offset: int, identity: int) -> None:
         self._pages.pop(block_id, None)
@@ -303,6 +305,8 @@ class PretendWorker:
             if chunk is not None:
                 assert (chunk.request_id, chunk.slot) == (request_id, slot)
                 assert (chunk.start, chunk.end) == (start, end)
+            if slot not in self.slots:
+                self._check_hit(request_id, start)
             self.slots.setdefault(slot, Slot(request_id))
             assert self.slots[slot].owner == request_id, "two owners of a slot"
             rows.append(Row(request_id, slot, start, end, chunk))
@@ -312,31 +316,52 @@ class PretendWorker:
         order = list(scheduler_output.num_scheduled_tokens)
         return sorted(rows, key=lambda row: order.index(row.request_id))
 
+    def _check_hit(self, request_id: str, num_tokens: int) -> None:
+        """A dense prompt begins with no blocks of sparse ones, if the settings say so."""
+        config, sequence = self.rules.config, self.requests[request_id]
+        found = sequence.block_ids[: num_tokens // self.block_size]
+        is_hit = not self.memory.sparse.isdisjoint(found)
+        self.seen["sparse blocks found"] += is_hit
+        if config.prefix_sharing == "exact" or (
+            config.prefix_sharing == "alike" and len(sequence.tokens) < config.min_tokens
+        ):
+            assert not is_hit, "blocks of sparse prefill are shared"
+
     def _write_row(self, row: Row) -> None:
         sequence, block_size = self.requests[row.request_id], self.memory.block_size
-        is_inexact = self._is_inexact(row)
+        is_inexact, is_sparse = self._is_inexact(row), self._owes_to_sparse_prefill(row)
         for position in range(row.start, row.end):
             block_id = sequence.block_ids[position // block_size]
             offset = position % block_size
             if offset == 0:
                 self.memory.inexact.discard(block_id)
+                self.memory.sparse.discard(block_id)
             self.memory.write_dense(block_id, offset, sequence.identities[position])
             if is_inexact:
                 self.memory.inexact.add(block_id)
+            if is_sparse:
+                self.memory.sparse.add(block_id)
 
     def _is_inexact(self, row: Row) -> bool:
         """Whether what the row computes owes anything to sparse prefill or to compression."""
-        config = self.rules.config
-        chunk = row.chunk
-        is_sparse = chunk and config.sparse_prefill and row.end >= config.min_tokens
+        first = self.slots[row.slot].compressed_len // self.memory.block_size
+        return (
+            self._is_sparse(row) or first > 0 or not self.memory.inexact.isdisjoint(self._seen(row))
+        )
+
+    def _owes_to_sparse_prefill(self, row: Row) -> bool:
+        return self._is_sparse(row) or not self.memory.sparse.isdisjoint(self._seen(row))
+
+    def _is_sparse(self, row: Row) -> bool:
+        config, chunk = self.rules.config, row.chunk
+        is_long = config.prefills_sparsely and row.end >= config.min_tokens
+        return bool(chunk and is_long and not chunk.attends_densely)
+
+    def _seen(self, row: Row) -> list[int]:
+        """Dense blocks of a row's context."""
         first = self.slots[row.slot].compressed_len // self.memory.block_size
         blocks = self.requests[row.request_id].block_ids
-        context = self._dense(blocks, first, _cdiv(row.start, self.block_size))
-        return (
-            (is_sparse and not chunk.attends_densely)
-            or first > 0
-            or not self.memory.inexact.isdisjoint(context)
-        )
+        return self._dense(blocks, first, _cdiv(row.start, self.block_size))
 
     @property
     def block_size(self) -> int:

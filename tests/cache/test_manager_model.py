@@ -23,6 +23,7 @@ RACES = {
     "reserve used up",
     "reset",
     "slot reused",
+    "sparse blocks found",
     "tail compressed",
     "waited for a report",
 }
@@ -44,7 +45,7 @@ SETTINGS = st.builds(
     interval=st.sampled_from([16, 128]),
     # A head of one block or of none, or of several.
     sinks=st.sampled_from([4, 0, 40]),
-    prefix_sharing=st.sampled_from(["approximate", "exact"]),
+    prefix_sharing=st.sampled_from(["alike", "approximate", "exact"]),
 )
 CASES = st.builds(
     Case,
@@ -140,7 +141,13 @@ OPERATIONS = st.builds(
 
 
 def written_out(
-    kind: str, phase: str, lengths: list[int], compress: bool = True, is_late: bool = True
+    kind: str,
+    phase: str,
+    lengths: list[int],
+    compress: bool = True,
+    is_late: bool = True,
+    sharing: str = "approximate",
+    later: tuple[int, ...] = (),
 ) -> dict[str, object]:
     """A schedule with something that random ones may miss."""
     case = Case(
@@ -151,7 +158,7 @@ def written_out(
             "min_tokens": MIN_TOKENS,
             "residual": 0,
             "interval": 16,
-            "prefix_sharing": "approximate",
+            "prefix_sharing": sharing,
         },
         block_size=16,
         spare_blocks=0,
@@ -161,17 +168,21 @@ def written_out(
         report_lag=int(is_late),
         by_priority=False,
     )
-    operation = Operation(
-        prompts=[Prompt(0, length, 0, 200, prompt_logprobs=False) for length in lengths],
-        kind=kind,
-        phase=phase,
-        is_patient=True,
-        is_last=False,
-        drop_output=False,
-        num_steps=0,
-        budget=64 if phase == "prefilling" else 1000,
-    )
-    return {"case": case, "seed": 0, "operations": [operation]}
+    operations = [
+        Operation(
+            prompts=[Prompt(0, length, 0, 200, prompt_logprobs=False) for length in some],
+            kind=kind,
+            phase=phase,
+            is_patient=True,
+            is_last=False,
+            drop_output=False,
+            num_steps=2 * len(later),
+            budget=64 if phase == "prefilling" else 1000,
+        )
+        for some in (lengths, later)
+        if some
+    ]
+    return {"case": case, "seed": 0, "operations": operations}
 
 
 WRITTEN_OUT = [
@@ -179,6 +190,8 @@ WRITTEN_OUT = [
     *(written_out("preempt", phase, [130]) for phase in PHASES[1:]),
     # Output fills blocks; its request is preempted, and they are found again.
     written_out("none", "waiting", [1, 1, 31, 31], compress=False, is_late=False),
+    # A dense prompt begins like a sparse one.
+    written_out("none", "waiting", [130], is_late=False, sharing="alike", later=(40,)),
 ]
 
 

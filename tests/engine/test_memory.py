@@ -141,6 +141,19 @@ def test_freed_blocks_still_hit(model):
         assert_pool_whole(llm)
 
 
+def test_dense_prompts_find_no_blocks_of_sparse_ones(model):
+    short = tokens(words(0, 600)["prompt_token_ids"][:100])
+    with zipvl_engine(model, LOSSY, **COMMON) as llm:
+        assert cached_tokens(llm, words(0, 600)) == 0
+        assert cached_tokens(llm, short) == 0, "sparsely prefilled"
+        assert cached_tokens(llm, short) == 96, "densely prefilled"
+        assert cached_tokens(llm, words(0, 600)) == 576
+    approximate = {**LOSSY, "prefix_sharing": "approximate"}
+    with zipvl_engine(model, approximate, **COMMON) as llm:
+        assert cached_tokens(llm, words(0, 600)) == 0
+        assert cached_tokens(llm, short) == 96
+
+
 def test_exact_sharing_keeps_sparse_blocks_out(model):
     exact = {**LOSSY, "prefix_sharing": "exact"}
     with zipvl_engine(model, exact, **COMMON) as llm:

@@ -17,6 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.request import Request
 
+from vllm_zipvl.cache.sharing import DENSE_GROUP, SPARSE_GROUP, EitherGroup
 from vllm_zipvl.cache.spec import ZipVLSpec
 from vllm_zipvl.core.geometry import PageGeometry, cdiv
 from vllm_zipvl.plan import CompressionPlan, CompressionReport
@@ -77,10 +78,13 @@ class ZipVLManager(FullAttentionManager):
 
     def bind(self, rules: CacheRules) -> None:
         """Take over the rules of the engine."""
-        self.rules = rules
-        if rules.config.prefix_sharing == "exact":
-            # Overridden here, as a method would cost every request of every step a call.
+        self.rules, config = rules, rules.config
+        # Overridden here, as methods would cost every request of every step a call.
+        if config.prefix_sharing == "exact":
             self.cache_blocks = self._cache_exact_blocks
+        elif config.prefix_sharing == "alike" and config.prefills_sparsely:
+            self.cache_blocks = self._cache_blocks_apart
+            self.find_longest_cache_hit = self._find_hit_of_alike  # type: ignore[method-assign, assignment]
 
     @classmethod
     def find_longest_cache_hit(
@@ -162,6 +166,26 @@ class ZipVLManager(FullAttentionManager):
     ) -> None:
         num_tokens = min(num_tokens, self._num_exact_tokens(request, num_tokens))
         super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def _cache_blocks_apart(
+        self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        is_sparse = request.num_tokens >= self.rules.config.min_tokens
+        self.kv_cache_group_id = SPARSE_GROUP if is_sparse else DENSE_GROUP
+        try:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        finally:
+            self.kv_cache_group_id = DENSE_GROUP
+
+    def _find_hit_of_alike(
+        self, *args: Any, max_length: int, block_pool: Any, **kwargs: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        # The last token is left out, which is computed in any case.
+        if max_length + 1 >= self.rules.config.min_tokens:
+            block_pool = EitherGroup(block_pool)
+        return type(self).find_longest_cache_hit(
+            *args, max_length=max_length, block_pool=block_pool, **kwargs
+        )
 
     def _num_exact_tokens(self, request: Request, num_tokens: int) -> int:
         """Tokens whose keys and values owe nothing to sparse prefill or compression."""
