@@ -5,7 +5,7 @@ from vllm_zipvl.config import ZipVLConfig
 
 def test_defaults_without_an_entry():
     assert ZipVLConfig.from_additional_config({}) == ZipVLConfig()
-    assert ZipVLConfig.from_additional_config({"other": 1}).tau == 0.975
+    assert ZipVLConfig.from_additional_config({"other": 1}).tau == 0.99
 
 
 @pytest.mark.parametrize(

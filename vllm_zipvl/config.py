@@ -47,7 +47,7 @@ class ZipVLConfig:
             names the key, the value and the choices.
     """
 
-    tau: float = 0.975
+    tau: float = 0.99
     ratio: float | None = None
     high_bits: int = 4
     low_bits: int = 4

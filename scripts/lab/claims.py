@@ -11,9 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from answers import FULL, ZIPVL, Question, lists_of, mean, percent, table
 
+from vllm_zipvl.config import ZipVLConfig
+
 DETAILED = ("charts", "words")
 COLOURFUL = "objects"
 MOST_KEPT = 0.55
+TAU = ZipVLConfig.tau
 Z = 1.96
 
 
@@ -79,9 +82,9 @@ def _of_full(questions: list[Question]) -> list[list[str]]:
     found = difference(questions, ZIPVL, FULL)
     kept = mean(questions, ZIPVL, "kept")
     return [
-        ["tau 0.975 within 1 point of full attention", str(found), found.verdict(-0.01)],
+        [f"tau {TAU} within 1 point of full attention", str(found), found.verdict(-0.01)],
         [
-            f"tau 0.975 keeps at most {percent(MOST_KEPT)} %",
+            f"tau {TAU} keeps at most {percent(MOST_KEPT)} %",
             f"{percent(kept)} % kept",
             "shown" if kept <= MOST_KEPT else "refuted",
         ],

@@ -8,8 +8,10 @@ from method_masks import MaskedPrefill, QKSparse, VerticalSlash
 from method_pruning import FastV, HiRED
 from method_zipvl import ZipVL, at_random, by_raw_scores, nothing
 
-TAUS = (0.7, 0.8, 0.9, 0.94, 0.96, 0.985, 0.99)
-"""Beside the default, 0.975."""
+from vllm_zipvl.config import ZipVLConfig
+
+TAUS = (0.7, 0.8, 0.9, 0.94, 0.96, 0.975, 0.985)
+"""Beside the default."""
 PAPER = {"window": 0, "sinks": 0}
 DENSE = {"sparse_prefill": False}
 TWO_BITS = {"low_bits": 2}
@@ -22,7 +24,7 @@ METHODS: dict[str, Method] = {
     "zipvl": ZipVL(),
     **{f"zipvl-tau{tau}": ZipVL({"tau": tau}) for tau in TAUS},
     # The paper's rule: what is not kept sees nothing, and no first tokens stay whole.
-    **{f"paper-tau{tau}": ZipVL({"tau": tau, **PAPER}) for tau in (*TAUS, 0.975)},
+    **{f"paper-tau{tau}": ZipVL({"tau": tau, **PAPER}) for tau in (*TAUS, ZipVLConfig.tau)},
     **{f"window-{window}": ZipVL({"tau": 0.8, "window": window}) for window in (4, 8, 32)},
     **{f"zipvl-{high}/{low}": ZipVL({"high_bits": high, "low_bits": low}) for high, low in BITS},
     # ZipVL, but for the same share in every layer and question.

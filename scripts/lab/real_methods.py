@@ -8,6 +8,8 @@ from real_cache import BLOCK_SIZE, Cache
 from real_prefill import FULL, Prefill, Sparse
 from real_rules import Rule
 
+from vllm_zipvl.config import ZipVLConfig
+
 
 @dataclass(frozen=True)
 class Method:
@@ -84,17 +86,19 @@ PREFILLS: dict[str, Method] = {
     **{f"{sets}-sets": near(sets=sets) for sets in ("kv_head", "head")},
     **{f"dense-first-{n}": near(dense_layers=n) for n in (1, 2)},
     "dense-half": near(dense_half=True),
-    **{f"window-{window}-tau0.975": sparse(window=window) for window in (32, 128)},
+    **{f"window-{window}-tau0.975": sparse(0.975, window=window) for window in (32, 128)},
     **{
-        f"probes-{recent}+{others}-tau0.975": sparse(probe_recent=recent, probe_random=others)
+        f"probes-{recent}+{others}-tau0.975": sparse(
+            0.975, probe_recent=recent, probe_random=others
+        )
         for recent, others in ((32, 32), (64, 192), (128, 128))
     },
-    "smooth-1-tau0.975": sparse(smooth=1),
-    "loudest-tau0.975": sparse(order="loudest"),
-    **{f"recent-x{weight}-tau0.975": sparse(recent_again=weight - 1) for weight in (3, 8)},
+    "smooth-1-tau0.975": sparse(0.975, smooth=1),
+    "loudest-tau0.975": sparse(0.975, order="loudest"),
+    **{f"recent-x{weight}-tau0.975": sparse(0.975, recent_again=weight - 1) for weight in (3, 8)},
     "recent-x3-tau0.985": sparse(0.985, recent_again=2),
-    "kv_head-sets-tau0.975": sparse(sets="kv_head"),
-    "dense-first-2-tau0.975": sparse(dense_layers=2),
+    "kv_head-sets-tau0.975": sparse(0.975, sets="kv_head"),
+    "dense-first-2-tau0.975": sparse(0.975, dense_layers=2),
     **{
         f"token-sparse-tau{tau}": paper(tau, smooth=1, sets="head", dense_half=True)
         for tau in (0.9, 0.975)
@@ -127,10 +131,11 @@ DENSE: dict[str, Method] = {
 """Caches after a dense prefill."""
 
 BASES = {
-    **{f"{tau}": sparse(tau) for tau in (0.9, 0.95, 0.975)},
+    **{f"{tau}": sparse(tau) for tau in (0.9, 0.95, 0.975, 0.985)},
     **{f"all-mass-{tau}": all_mass(tau) for tau in (0.9, 0.975)},
 }
-DEFAULT = both(sparse(), Rule.tau, BLOCK_SIZE)
+BITS = (ZipVLConfig.high_bits, ZipVLConfig.low_bits)
+DEFAULT = both(sparse(), Rule.tau, BLOCK_SIZE, BITS)
 TOGETHER: dict[str, Method] = {
     "zipvl": DEFAULT,
     **{
@@ -144,22 +149,23 @@ TOGETHER: dict[str, Method] = {
             DEFAULT, cache=replace(DEFAULT.cache, high_bits=high, low_bits=low)
         )
         for name, (high, low) in CACHES.items()
-        if name != "4/2"
+        if (high, low) != BITS
     },
     **{
-        f"zipvl-4-{name}": both(method, head=BLOCK_SIZE, bits=(4, 4))
-        for name, method in {
-            **{f"tau{tau}": sparse(tau) for tau in (0.9, 0.95, 0.985, 0.99)},
-            "all-mass-tau0.975": all_mass(),
-        }.items()
+        f"both-{name}/4-bits": both(method, head=BLOCK_SIZE, bits=(4, 4))
+        for name, method in BASES.items()
     },
 }
 """Prefill and cache, by the tau of either; "own" is what the prefill kept."""
 
 CUT: dict[str, Method] = {
-    **{f"cut-{chunk}-{tau}": cut(sparse(tau), chunk) for tau in (0.9, 0.975) for chunk in CHUNKS},
-    **{f"cut-{chunk}-all-mass-0.975": cut(all_mass(), chunk) for chunk in CHUNKS},
-    "cut-512-paper": cut(paper(), 512),
+    **{
+        f"cut-{chunk}-{tau}": cut(sparse(tau), chunk)
+        for tau in (0.9, 0.975, 0.99)
+        for chunk in CHUNKS
+    },
+    **{f"cut-{chunk}-all-mass-0.975": cut(all_mass(0.975), chunk) for chunk in CHUNKS},
+    "cut-512-paper": cut(paper(0.975), 512),
     "cut-512-zipvl": cut(DEFAULT, 512),
 }
 """Whole against cut prompts."""

@@ -34,6 +34,8 @@ from answers import (
 )
 from claims import claims_table, difference
 
+from vllm_zipvl.config import ZipVLConfig
+
 NUM_HEIGHTS = 16
 COMPARED = (ZIPVL, "fixed-0.5", "random-0.5", "fastv", "hired-0.4", "minference-0.2")
 
@@ -143,7 +145,7 @@ def plot_tasks(questions: list[Question], methods: list[str], out: Path) -> None
 
 def plot_tau(questions: list[Question], methods: list[str], out: Path) -> None:
     """Accuracy and kept share against tau: the paper's Figure 5."""
-    taus = [(0.975, ZIPVL)] if ZIPVL in methods else []
+    taus = [(ZipVLConfig.tau, ZIPVL)] if ZIPVL in methods else []
     for name in methods:
         if match := re.fullmatch(r"zipvl-tau(.*)", name):
             taus.append((float(match[1]), name))
