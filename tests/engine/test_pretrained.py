@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     not WANTED, reason="by hand: ZIPVL_REAL_MODEL=DIR, or =fetch for SmolLM2"
 )
 BLOCK_SIZE = 32
-NUM_PROMPTS, NUM_TOKENS, NUM_NEW = 6, 1024, 64
+NUM_PROMPTS, NUM_TOKENS, NUM_NEW = 4, 1024, 64
 
 
 @contextmanager
