@@ -53,6 +53,6 @@ def test_what_is_near_joins_what_is_kept(
 
 @pytest.mark.skipif(IN_TRITON, reason="about gathering in parts")
 def test_queries_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_tiles, "MAX_GATHERED", 1)
+    monkeypatch.setattr(torch_tiles, "MAX_PAIRS", 1)
     found, exact = run(torch_tiles, [(200, 200), (150, 190)], 20, 2)
     assert torch.allclose(found.double(), exact, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The neighbourhood by torch's flash attention on tiles of queries, with masks."""
+"""The neighbourhood by matrix products of tiles of queries with the keys that some of them see."""
 
 import torch
 
@@ -7,13 +7,12 @@ from vllm_zipvl.core.sequences import Chunks
 
 TILE = 64
 """Queries whose keys are gathered together."""
-MAX_GATHERED = 2**17
-"""Keys that are gathered at once, about, one for each query head that shares them."""
+MAX_PAIRS = 2**16
+"""Of queries and keys that are computed at once, about, for each head: their scores stay in the
+processor's caches."""
 HIDDEN = -1e30
 """Added to scores of pairs that are not seen: a row of nothing but those has no weight beside any
 other, and is finite."""
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def near_attention(
@@ -34,13 +33,12 @@ def near_attention(
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         return out.index_copy_(0, rows, among_kept.out[: len(rows)])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse, group = torch.empty(query.shape[:2]), query.shape[1] // key.shape[1]
+    lse = torch.empty(query.shape[:2])
     for own, tokens in zip(chunks.queries.slices(), chunks.contexts.slices(), strict=True):
         num_tokens, num_queries = tokens.stop - tokens.start, own.stop - own.start
         # As far as the context reaches.
         near = min(window, num_tokens), min(sinks, num_tokens)
-        per_tile = group * (TILE + sum(near))
-        step = max(1, MAX_GATHERED // per_tile) * TILE
+        step = max(1, MAX_PAIRS // (TILE + sum(near)) // TILE) * TILE
         for first in range(0, num_queries, step):
             part = slice(own.start + first, own.start + min(first + step, num_queries))
             start = num_tokens - num_queries + first
@@ -73,13 +71,18 @@ def _attend_tiles(
     # Query heads that share keys and values are further queries of theirs.
     q = q.view(num_tiles, TILE, num_kv_heads, -1, head_size).permute(0, 2, 3, 1, 4)
     group = q.shape[2]
-    k, v = (x[tokens].transpose(1, 2) for x in (key, value))
-    # Of float64 the kernel wants masks of its own dtype, else it takes float32.
-    bias = mask[:, None].repeat(1, 1, group, 1).to(torch.promote_types(q.dtype, mask.dtype))
-    out, lse = _flash(q.flatten(2, 3), k, v, attn_mask=bias, scale=scale)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q.flatten(2, 3), *(x[tokens] for x in (key, value))))
+    scores = (q @ k.permute(0, 2, 3, 1)).mul_(scale)
+    scores.unflatten(2, (group, TILE)).add_(mask[:, None, None])
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ v.transpose(1, 2)).div_(total)
+    lse = (top + total.log())[..., 0]
     out = out.unflatten(2, (group, TILE)).permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
     lse = lse.unflatten(2, (group, TILE)).permute(0, 3, 1, 2).reshape(-1, num_heads)
-    return out[:num_queries], lse[:num_queries]
+    return out[:num_queries].to(query.dtype), lse[:num_queries]
 
 
 def _near_keys(
