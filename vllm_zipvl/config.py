@@ -31,7 +31,8 @@ class ZipVLConfig:
         min_tokens: Contexts shorter than this prefill densely.
         interval: Number of tokens decoded between two compressions of the tail.
         residual: Number of newest tokens that stay dense.
-        max_kept: Upper bound of the share of a prompt kept at `high_bits`, mean over layers.
+        max_kept: Upper bound of the share of a prompt kept at `high_bits`, mean over layers, where
+            `low_bits` are fewer.
             Affects the cache only.
         seed: Seed of the random probes.
         sparse_prefill: Whether prefill attends to kept tokens and neighbourhoods alone.
@@ -119,6 +120,11 @@ class ZipVLConfig:
     def prefills_sparsely(self) -> bool:
         """Whether prefill attention leaves anything out."""
         return self.sparse_prefill and not self.keeps_all
+
+    @property
+    def shares_among_alike(self) -> bool:
+        """Whether blocks of sparse prefill are cached apart from others."""
+        return self.prefix_sharing == "alike" and self.prefills_sparsely
 
     @property
     def chooses_for_cache(self) -> bool:

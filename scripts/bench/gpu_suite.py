@@ -1,4 +1,4 @@
-"""What needs a GPU, cut into occasions of a few minutes; a GPU is at hand for 15 in all.
+"""What needs a GPU, cut into occasions of a few minutes, for one that is rented by the minute.
 
     python scripts/bench/gpu_suite.py A --out DIR [--vllm DIR] [--only PART ...]
     python scripts/bench/gpu_suite.py A --out DIR --dry-run   # the same on a CPU, interpreted

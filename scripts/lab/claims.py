@@ -146,7 +146,8 @@ def _of_fixed(questions: list[Question], methods: list[str]) -> list[list[str]]:
 
 def _of_bits(lists: list[Question]) -> list[str]:
     found = difference(lists, ZIPVL, "zipvl-16/16")
-    return ["4/2 bits within 1 point of 16 on lists", str(found), found.verdict(-0.01)]
+    bits = f"{ZipVLConfig.high_bits}/{ZipVLConfig.low_bits}"
+    return [f"{bits} bits within 1 point of 16 on lists", str(found), found.verdict(-0.01)]
 
 
 def claims_table(questions: list[Question], methods: list[str]) -> str:

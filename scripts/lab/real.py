@@ -21,7 +21,7 @@ from pathlib import Path
 import real_model
 from real_answers import FULL, Work, measured
 from real_facts import Facts
-from real_methods import METHODS
+from real_methods import METHODS, PREFILLS
 from real_rows import Key, Rows, digest_of
 from real_text import Texts
 from tqdm import tqdm
@@ -42,13 +42,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="that share the stretches")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes {arguments.processes}: at least 1")
+    return arguments
 
 
 def order(name: str) -> tuple[bool, bool, str]:
     """Full attention first, then whole prompts by their prefills, then those that are cut."""
     method = METHODS[name]
     return name != FULL, method.whole is not None, repr(method.prefill)
+
+
+def methods_of(task: str, names: list[str]) -> list[str]:
+    """Those that a task can ask, in the order in which they share work."""
+    if task == "shared":
+        # A short prompt takes blocks over before any compression.
+        names = [name for name in names if name in PREFILLS]
+    return sorted(names, key=order)
 
 
 def main() -> None:
@@ -62,9 +73,10 @@ def main() -> None:
         tasks["facts"] = Facts(tokenizer, texts.ids).stretch
     if {"text", "shared"} & {*arguments.tasks}:
         texts.check(max(arguments.tokens), arguments.docs)
-    names, works, digests = sorted(arguments.methods, key=order), [], {}
+    names_of = {task: methods_of(task, arguments.methods) for task in arguments.tasks}
+    works, digests = [], {}
     for doc, task, tokens in product(range(arguments.docs), arguments.tasks, arguments.tokens):
-        stretch = tasks[task](tokens, doc)
+        stretch, names = tasks[task](tokens, doc), names_of[task]
         of_text = stretch.digest()
         keys = {name: Key(task, tokens, doc, name) for name in names}
         found = {keys[n]: digest_of(model_digest, of_text, METHODS[n]) for n in names}

@@ -86,19 +86,9 @@ PREFILLS: dict[str, Method] = {
     **{f"{sets}-sets": near(sets=sets) for sets in ("kv_head", "head")},
     **{f"dense-first-{n}": near(dense_layers=n) for n in (1, 2)},
     "dense-half": near(dense_half=True),
-    **{f"window-{window}-tau0.975": sparse(0.975, window=window) for window in (32, 128)},
-    **{
-        f"probes-{recent}+{others}-tau0.975": sparse(
-            0.975, probe_recent=recent, probe_random=others
-        )
-        for recent, others in ((32, 32), (64, 192), (128, 128))
-    },
-    "smooth-1-tau0.975": sparse(0.975, smooth=1),
     "loudest-tau0.975": sparse(0.975, order="loudest"),
-    **{f"recent-x{weight}-tau0.975": sparse(0.975, recent_again=weight - 1) for weight in (3, 8)},
-    "recent-x3-tau0.985": sparse(0.985, recent_again=2),
     "kv_head-sets-tau0.975": sparse(0.975, sets="kv_head"),
-    "dense-first-2-tau0.975": sparse(0.975, dense_layers=2),
+    **{f"recent-x{weight}-tau0.975": sparse(0.975, recent_weight=weight) for weight in (3, 8)},
     **{
         f"token-sparse-tau{tau}": paper(tau, smooth=1, sets="head", dense_half=True)
         for tau in (0.9, 0.975)

@@ -88,7 +88,7 @@ class Sparse:
         sinks: First tokens that every query sees.
         probe_recent: Last positions of a chunk that probe.
         probe_random: Random ones.
-        recent_again: How many times more each of the last positions counts than a random one.
+        recent_weight: As how many random probes each of the last positions counts.
         chunk: Tokens of a chunk; None is the whole prompt.
         dense_layers: First layers that attend densely.
         dense_half: Whether the first half of the layers does.
@@ -100,7 +100,7 @@ class Sparse:
     sinks: int = ZipVLConfig.sinks
     probe_recent: int = ZipVLConfig.probe_recent
     probe_random: int = ZipVLConfig.probe_random
-    recent_again: int = 0
+    recent_weight: int = 1
     chunk: int | None = None
     dense_layers: int = 0
     dense_half: bool = False
@@ -128,9 +128,7 @@ class _ByProbes:
     def view(self, layer: Layer) -> View:
         method = self.method
         near = method.window, method.sinks
-        probing = Probing(
-            method.probe_recent, method.probe_random, 0, *near, 1 + method.recent_again
-        )
+        probing = Probing(method.probe_recent, method.probe_random, 0, *near, method.recent_weight)
         tally = self.tallies.setdefault(layer.index, Tally(probing))
         seen = tally.add(layer.query, layer.key, layer.scale)
         kept = method.rule.choose(seen, layer.key.shape[0])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import registry
@@ -264,6 +264,14 @@ class TestEngine:
         other = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False)
         monkeypatch.setattr(requirements, "current_platform", other)
         assert "this platform; run on a CPU or an NVIDIA GPU" in refusal(vllm_config)
+
+    def test_cache_events_of_hidden_blocks(self, engine_config: EngineConfig) -> None:
+        vllm_config = engine_config()
+        vllm_config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True)
+        assert 'KV cache events with zipvl.prefix_sharing "alike"' in refusal(vllm_config)
+        for sharing in ("approximate", "exact"):
+            check_supported(vllm_config, ZipVLConfig(prefix_sharing=sharing))
+        check_supported(vllm_config, ZipVLConfig(tau=1.0))
 
     def test_settings_that_would_do_nothing(self, engine_config: EngineConfig) -> None:
         vllm_config = engine_config(max_model_len=256)

@@ -321,7 +321,7 @@ class PretendWorker:
         config, sequence = self.rules.config, self.requests[request_id]
         found = sequence.block_ids[: num_tokens // self.block_size]
         is_hit = not self.memory.sparse.isdisjoint(found)
-        self.seen["sparse blocks found"] += is_hit
+        self.seen[f"sparse blocks found, {config.prefix_sharing}"] += is_hit
         if config.prefix_sharing == "exact" or (
             config.prefix_sharing == "alike" and len(sequence.tokens) < config.min_tokens
         ):

@@ -23,7 +23,7 @@ RACES = {
     "reserve used up",
     "reset",
     "slot reused",
-    "sparse blocks found",
+    "sparse blocks found, alike",
     "tail compressed",
     "waited for a report",
 }

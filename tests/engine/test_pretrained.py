@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     not WANTED, reason="by hand: ZIPVL_REAL_MODEL=DIR, or =fetch for SmolLM2"
 )
 BLOCK_SIZE = 32
-NUM_PROMPTS, NUM_TOKENS, NUM_NEW = 4, 1024, 64
+NUM_PROMPTS, NUM_TOKENS, NUM_NEW = 6, 1024, 64
 
 
 @contextmanager
@@ -79,10 +79,10 @@ def forced(
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (4, 2), (16, 16)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_first_choices_and_kept_sets(folder, prompts, dtype, bits) -> None:
-    settings = {"high_bits": bits[0], "low_bits": bits[1], "min_tokens": NUM_TOKENS // 2}
-    common = {"dtype": dtype, "block_size": BLOCK_SIZE, "max_num_seqs": 1}
+def test_same_first_choices_and_kept_sets(folder, prompts, bits) -> None:
+    settings = {"high_bits": bits[0], "low_bits": bits[1], "tau": 0.975}
+    settings["min_tokens"] = NUM_TOKENS // 2
+    common = {"dtype": "float32", "block_size": BLOCK_SIZE, "max_num_seqs": 1}
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
@@ -91,7 +91,7 @@ def test_same_first_choices_and_kept_sets(folder, prompts, dtype, bits) -> None:
         outputs = llm.generate(requests, sampling, use_tqdm=False)
     answers = [list(output.outputs[0].token_ids) for output in outputs]
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="zipvl", dtype=getattr(torch, dtype)
+        folder, attn_implementation="zipvl", dtype=torch.float32
     )
     num_layers, same, other = model.config.num_hidden_layers, 0, []
     for i, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -104,8 +104,8 @@ def test_same_first_choices_and_kept_sets(folder, prompts, dtype, bits) -> None:
     share = same / (NUM_PROMPTS * NUM_NEW)
     differing = sum(other) / len(other)
     print(
-        f"{dtype} {settings}: {share:.4f} same, kept sets differ in {differing:.5f}, "
+        f"{settings}: {share:.4f} same, kept sets differ in {differing:.5f}, "
         f"at most {max(other):.5f} of the tokens"
     )
     assert share >= 0.99
-    assert differing <= (1e-4 if dtype == "float32" else 0.01)
+    assert differing <= 1e-4

@@ -217,6 +217,10 @@ def check_supported(vllm_config: VllmConfig, config: ZipVLConfig) -> None:
         for rule in rules if part is not None else ():
             if found := rule.found(part):
                 _refuse(rule.what.format(found), rule.change)
+    events = vllm_config.kv_events_config
+    if config.shares_among_alike and events is not None and events.enable_kv_cache_events:
+        what = 'KV cache events with zipvl.prefix_sharing "alike", which hides blocks from some'
+        _refuse(what, 'set it to "approximate" or "exact"')
     sparse_only = config.sparse_prefill and not config.compress
     if model is not None and sparse_only and model.max_model_len < config.min_tokens:
         what = f"zipvl.min_tokens {config.min_tokens} above the context of {model.max_model_len}"

@@ -79,10 +79,10 @@ class ZipVLManager(FullAttentionManager):
     def bind(self, rules: CacheRules) -> None:
         """Take over the rules of the engine."""
         self.rules, config = rules, rules.config
-        # Overridden here, as methods would cost every request of every step a call.
+        # Overridden here: other settings need no call more for every request of every step.
         if config.prefix_sharing == "exact":
             self.cache_blocks = self._cache_exact_blocks
-        elif config.prefix_sharing == "alike" and config.prefills_sparsely:
+        elif config.shares_among_alike:
             self.cache_blocks = self._cache_blocks_apart
             self.find_longest_cache_hit = self._find_hit_of_alike  # type: ignore[method-assign, assignment]
 
@@ -170,6 +170,9 @@ class ZipVLManager(FullAttentionManager):
     def _cache_blocks_apart(
         self, request: Request, num_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
+        num_cached = self.num_cached_block.get(request.request_id, 0)
+        if num_tokens // self.block_size <= num_cached:
+            return
         is_sparse = request.num_tokens >= self.rules.config.min_tokens
         self.kv_cache_group_id = SPARSE_GROUP if is_sparse else DENSE_GROUP
         try:
