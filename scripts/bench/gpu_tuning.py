@@ -27,7 +27,7 @@ class Tuning:
         self.best: float | None = None
 
     def try_out(self, variant: Variant) -> None:
-        row = {"shape": str(self.shape), **variant._asdict()}
+        row = {"shape": str(self.shape), **variant.row}
         try:
             with applied(variant):
                 if reason := self.case.fault(self.expected):
