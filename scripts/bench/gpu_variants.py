@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from gpu_cases import DecodeShape, decode_shapes, layer_of
+from gpu_cases import DecodeShape, layer_of
 
 from vllm_zipvl.ops.decode_attention import triton as kernels
 
@@ -59,10 +59,6 @@ def _num_shares(shape: DecodeShape, variant: Variant, is_dry: bool) -> int:
     programs = shape.num_rows * layer_of(shape.model, is_dry).num_kv_heads
     with applied(variant):
         return kernels._num_shares(programs, torch.get_default_device())
-
-
-def tuned_shapes(is_dry: bool) -> list[DecodeShape]:
-    return decode_shapes(is_dry)
 
 
 def variants(shape: DecodeShape, is_dry: bool) -> list[Variant]:

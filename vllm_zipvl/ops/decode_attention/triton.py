@@ -60,6 +60,8 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch()
+MOST_SUMS = 128 * MIN_HEADS
+"""What a warp holds; more of them are for more warps."""
 
 
 @triton.jit(
@@ -225,6 +227,13 @@ def _layout(geometry: PageGeometry, bits: int, tile_slots: int) -> PageLayout:
     )  # fmt: skip
 
 
+def _launch(dtype: torch.dtype, num_sums: int) -> Launch:
+    """How programs run that have as many sums to keep."""
+    if dtype == torch.float32 or num_sums > MOST_SUMS:
+        return Launch(ahead=False, num_warps=8, max_registers=None)
+    return LAUNCH
+
+
 def decode_attention(
     query: torch.Tensor,
     context: "CachedContext",
@@ -247,8 +256,7 @@ def decode_attention(
     if num_queries == 0:
         return log_total
     query = query.contiguous()
-    is_exact = query.dtype == torch.float32
-    operand = torch.float32 if is_exact else torch.float16
+    operand = torch.float32 if query.dtype == torch.float32 else torch.float16
     folded = torch.empty(query.shape, dtype=operand, device=device)
     folded_sums = torch.empty(num_queries, num_heads, NUM_SUMS.value, **floats)
     sizes = {
@@ -270,7 +278,8 @@ def decode_attention(
         **sizes,
     )
     kv_cache = context.kv_cache
-    options = {} if LAUNCH.max_registers is None else {"maxnreg": LAUNCH.max_registers}
+    group_padded = max(MIN_HEADS, triton.next_power_of_2(group))
+    launch = _launch(query.dtype, padded(head_size) * group_padded)
     _attend[(num_kv_heads, num_shares, num_queries)](
         query,
         folded,
@@ -287,15 +296,15 @@ def decode_attention(
         *(kv_cache.stride(0), context.block_table.stride(0), context.page_table.shape[1]),
         num_kv_heads=num_kv_heads,
         group=group,
-        group_padded=max(MIN_HEADS, triton.next_power_of_2(group)),
+        group_padded=group_padded,
         block_size=kv_cache.shape[2],
-        high=_layout(geometry, geometry.high_bits, LAUNCH.tile_slots),
-        low=_layout(geometry, geometry.low_bits, LAUNCH.tile_slots),
+        high=_layout(geometry, geometry.high_bits, launch.tile_slots),
+        low=_layout(geometry, geometry.low_bits, launch.tile_slots),
         num_parts=num_parts,
         tile_tokens=PLAIN_TOKENS,
-        ahead=LAUNCH.ahead,
-        num_warps=4 if is_exact else LAUNCH.num_warps,
-        **options,
+        ahead=launch.ahead,
+        num_warps=launch.num_warps,
+        maxnreg=launch.max_registers,
         **sizes,
     )
     combine[(num_queries * num_heads,)](

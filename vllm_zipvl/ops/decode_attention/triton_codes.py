@@ -63,8 +63,10 @@ def _numbers(words, dtype: tl.constexpr):
     """The halves of words, apart in a new last dimension, as multiples of `UNIT`."""
     halves = tl.join(words & 0xFFFF, words >> 16)
     if dtype == tl.float32:
-        return halves.to(tl.float32) * UNIT
-    return halves.to(tl.uint16).to(dtype, bitcast=True)
+        numbers = halves.to(tl.float32) * UNIT
+    else:
+        numbers = halves.to(tl.uint16).to(dtype, bitcast=True)
+    return numbers
 
 
 @triton.jit
@@ -74,23 +76,26 @@ def _odd_bytes(words):
     Assembly, since a compiler that sees a shift before a mask takes halves of words apart.
     """
     if INTERPRETED:
-        return words >> 8
-    return tl.inline_asm_elementwise(
-        "shr.b32 $0, $1, 8;", "=r,r", [words], tl.uint32, is_pure=True, pack=1
-    )
+        odd = words >> 8
+    else:
+        odd = tl.inline_asm_elementwise(
+            "shr.b32 $0, $1, 8;", "=r,r", [words], tl.uint32, is_pure=True, pack=1
+        )
+    return odd
 
 
 @triton.jit
 def _beside(a, b):
     """Lower halves of `a` and `b` as one word, and their upper halves as another."""
     if INTERPRETED:
-        return (a & 0xFFFF) | (b << 16), (a >> 16) | (b & 0xFFFF0000)
-    lower = tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1
-    )
-    upper = tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1
-    )
+        lower, upper = (a & 0xFFFF) | (b << 16), (a >> 16) | (b & 0xFFFF0000)
+    else:
+        lower = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1
+        )
+        upper = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1
+        )
     return lower, upper
 
 
@@ -208,8 +213,10 @@ def _load_words(heap, pages, slot, word, layout: tl.constexpr):
         slot = tl.minimum(slot, layout.capacity - 1)
     places = heap + pages + (slot * stride + word)
     if layout.words == stride:
-        return tl.load(places)
-    return tl.load(places, mask=word < stride, other=0)
+        words = tl.load(places)
+    else:
+        words = tl.load(places, mask=word < stride, other=0)
+    return words
 
 
 @triton.jit

@@ -51,10 +51,11 @@ def _pages(table, table_step, tile, num_pages, layout: tl.constexpr):
     """Numbers of a tile's pages; of those that there are not, 0."""
     place = tile * layout.pages
     page = tl.load(table + place * table_step, mask=place < num_pages, other=0)
-    if layout.pages == 1:
-        return page, page
-    place += 1
-    return page, tl.load(table + place * table_step, mask=place < num_pages, other=0)
+    other = page
+    if layout.pages == 2:
+        place += 1
+        other = tl.load(table + place * table_step, mask=place < num_pages, other=0)
+    return page, other
 
 
 @triton.jit
@@ -104,21 +105,22 @@ def _power(exponent):
 def _attend_codes(
     folded, folded_sums, heap, parameters, table, table_step, num_tokens, first, last, head, heads,
     is_member, target, layout: tl.constexpr, head_size: tl.constexpr, dtype: tl.constexpr,
-    ahead: tl.constexpr,
+    ahead: tl.constexpr, centres: tl.constexpr,
 ):  # fmt: skip
     """Attend over tiles [first, last) of quantised pages; returns the maximum and the total.
 
-    Codes count from the middle of their range: a query rounded to its dtype errs in proportion to
-    what it is multiplied by. Weights times scales of values fit float16 since they are divided by a
-    power of two that no scale so far is above. What a tile needs first, its keys, is loaded before
-    the tile ahead is done, and so are its values if `ahead` says so.
+    Codes count from the middle of their range, those of values if `centres` says so: queries and
+    weights that are rounded err in proportion to what they are multiplied by. Weights times scales
+    of values fit float16 since they are divided by a power of two that no scale so far is above.
+    What a tile needs first, its keys, is loaded before the tile ahead is done, and so are its
+    values if `ahead` says so.
     """
     channels, exponents = key_channels(layout)
     q = _load_query(folded, heads, is_member, channels, exponents, head_size, dtype)
     own = folded_sums + heads * NUM_SUMS
     factor = tl.load(own + FACTOR, mask=is_member, other=0)
     middle: tl.constexpr = (2**layout.bits - 1) / 2
-    rounded_off = middle * tl.load(own + ROUNDED_OFF, mask=is_member, other=0)
+    query_off = middle * tl.load(own + ROUNDED_OFF, mask=is_member, other=0)
     early_sum = tl.load(own + EARLY, mask=is_member, other=0)
     late_sum = tl.load(own + LATE, mask=is_member, other=0)
     offset = tl.load(own + OFFSET, mask=is_member, other=0)
@@ -152,16 +154,19 @@ def _attend_codes(
         lower, upper = params.to(tl.uint32), (params >> 32).to(tl.uint32)
         key_scale, value_scale = scale_of(lower), scale_of(lower >> 8)
         early, late, zero = _zero(lower >> 16), _zero(upper), _zero(upper >> 16)
-        scores = (codes * factor[None, :] + rounded_off[None, :]) * key_scale[:, None]
+        scores = (codes * factor[None, :] + query_off[None, :]) * key_scale[:, None]
         scores += early[:, None] * early_sum[None, :] + offset[None, :]
         scores += late[:, None] * late_sum[None, :]
         scores = tl.where(is_token[:, None], scores, float("-inf"))
         top, past, weights = _rescale(top, scores)
-        worth = (weights * (value_scale * _power(14 - new_largest))[:, None]).to(dtype)
-        sums *= (past * _power(largest - new_largest))[None, :]
-        sums += dot(value_codes, worth)
+        scaled = weights * (value_scale * _power(14 - new_largest))[:, None]
+        worth = scaled.to(dtype)
+        past_worth = (past * _power(largest - new_largest))[None, :]
+        sums = sums * past_worth + dot(value_codes, worth)
         total = total * past[None, :] + weights
         extra = extra * past[None, :] + weights * zero[:, None]
+        if centres:
+            extra += (scaled - worth.to(tl.float32)) * (middle * _power(new_largest - 14))
         starts, is_token, params, largest = next_starts, next_is_token, next_params, new_largest
     channels, exponents = value_channels(layout)
     # What the operands' unit is worth.
@@ -260,5 +265,6 @@ def attend_pages(
         top, total = _attend_codes(
             folded, folded_sums, heap, parameters, table, table_step, num_tokens, first, last, head,
             heads, is_member, target, layout, head_size, folded.dtype.element_ty, ahead,
+            query.dtype.element_ty == tl.float16,
         )  # fmt: skip
     return top, total

@@ -23,7 +23,7 @@ def _signs(size: tl.constexpr, block: tl.constexpr):
     """Hadamard matrices of `block`, at most 16, along the diagonal; not normalised."""
     row, column = tl.arange(0, size)[:, None], tl.arange(0, size)[None, :]
     # -1 where an odd number of bits is set in both.
-    both = row & column
+    both = row & column & (block - 1)
     both ^= both >> 2
     both ^= both >> 1
     return tl.where(row // block == column // block, (1 - 2 * (both & 1)).to(tl.float32), 0.0)
