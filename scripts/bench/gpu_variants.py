@@ -15,7 +15,7 @@ LAUNCHES = (
     kernels.Launch(16, True, 1, 168), kernels.Launch(16, True, 1, 128),
     kernels.Launch(32, True, 1, None),
 )  # fmt: skip
-PROGRAMS = (8, 12, 16, 24, 32)
+PROGRAMS = (8, 12, 16, 24)
 
 
 class Variant(NamedTuple):
