@@ -49,12 +49,12 @@ class ZipVLConfig:
     tau: float = 0.975
     ratio: float | None = None
     high_bits: int = 4
-    low_bits: int = 2
+    low_bits: int = 4
     window: int = 64
     sinks: int = 4
     probe_recent: int = 64
     probe_random: int = 64
-    min_tokens: int = 512
+    min_tokens: int = 2048
     interval: int = 128
     residual: int = 32
     max_kept: float = 1.0

@@ -69,7 +69,7 @@ def _check(is_dry: bool) -> None:
     from whole_model_check import check
 
     with torch.inference_mode():
-        check(DenseAttention(layer_of(MODELS[0], is_dry)), torch.get_default_device())
+        check(DenseAttention(layer_of(MODELS[0], is_dry)))
 
 
 def _model(op: str, is_dry: bool) -> None:

@@ -16,7 +16,7 @@ from serving_rows import Row, kept_share, time_row
 from serving_scenarios import Effort, memory_rows
 from serving_steps import Steps
 
-METHODS = (STOCK, FP8, zipvl(ratio=0.35))
+METHODS = (STOCK, FP8, zipvl(ratio=0.35), zipvl(ratio=0.35, low_bits=2))
 WARM_UP, ALONE = 1_000_000, 2_000_000
 """Seeds: the requests of one use share no prefix with those of another."""
 

@@ -67,7 +67,8 @@ def _memory_methods() -> tuple[Method, ...]:
         STOCK,
         FP8,
         zipvl(ratio=MEMORY_RATIO),
-        zipvl(ratio=MEMORY_RATIO, max_kept=0.5),
+        zipvl(ratio=MEMORY_RATIO, low_bits=2),
+        zipvl(ratio=MEMORY_RATIO, low_bits=2, max_kept=0.5),
     )
 
 

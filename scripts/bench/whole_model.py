@@ -45,12 +45,12 @@ DRY_MODELS = {
     "LLaVA-NeXT-7B": ModelShape(Layer(1, 1, 32, 16), 2, 64, 96, 128, 10000.0),
 }
 PREFILL_TOKENS, DECODE_TOKENS = (16384, 32768, 131072), 16384
-CONFIG = ZipVLConfig(ratio=0.42, max_kept=0.286)
+CONFIG = ZipVLConfig(ratio=0.42, low_bits=2, max_kept=0.286)
 """`max_kept` bounds what the cache keeps at 4 bits; attention runs on the whole ratio."""
 DRY_SIZES = Sizes((64,), decode_tokens=64, budget_bytes=None, repeats=0, decode_steps=9)
 """Two requests fit, and the second one's tail falls due in the eighth step."""
 DRY_CONFIG = ZipVLConfig(
-    ratio=0.42, max_kept=0.286, probe_recent=8, probe_random=8, interval=16, residual=16
+    ratio=0.42, low_bits=2, max_kept=0.286, probe_recent=8, probe_random=8, interval=16, residual=16
 )
 COLUMNS = (
     ("seconds", "seconds", "{:.4g}"),
@@ -117,9 +117,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         shape = (DRY_MODELS if is_dry else MODELS)[name]
         # A dry run goes both ways.
         dense = dense_of(shape.layer, pretends=is_dry and name == "LongVA-7B")
-        no_fp8 = check(dense, device)
-        with device:
-            decoder = Decoder(shape, max(*sizes.prefill_tokens, 2 * sizes.decode_tokens))
+        no_fp8 = check(dense)
+        decoder = Decoder(shape, max(*sizes.prefill_tokens, 2 * sizes.decode_tokens))
         bench = Bench(name, shape, decoder, dense, config, sizes, Clock(device), no_fp8)
         for op in arguments.ops:
             if op == "decode":
@@ -162,6 +161,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     device = device_of(arguments.dry_run)
+    torch.set_default_device(device)
     if not arguments.dry_run:
         lone_flash.find()
     torch.manual_seed(0)

@@ -84,23 +84,21 @@ class _Case:
         return DenseRequests(self.shape, self.dense, NUM_REQUESTS, self.num_tokens, dtype)
 
 
-def check(dense: DenseAttention, device: torch.device) -> str | None:
+def check(dense: DenseAttention) -> str | None:
     """Stop the run if dense decode or zipvl computes something else than dense prefill does.
 
     Returns:
         Why there are no figures of an fp8 cache, if there are none.
     """
-    with device:
-        case = _Case(dense)
-        requests = case.dense_requests()
-        prompt = Prompt(case.shape, EVERYTHING, PROMPT_TOKENS)
+    case = _Case(dense)
+    requests = case.dense_requests()
+    prompt = Prompt(case.shape, EVERYTHING, PROMPT_TOKENS)
     expected_first = case.prefill(requests, PROMPT_TOKENS)
     agree("prefill of a whole model", case.prefill(prompt, PROMPT_TOKENS), expected_first)
     expected = case.prefill(requests, case.num_tokens).expand(NUM_REQUESTS, -1)
     requests.fill()
     agree("dense decode", case.step(requests, -1), expected)
-    with device:
-        ours = ZipVLRequests(prompt, NUM_REQUESTS, NUM_STEPS, in_turn=False)
+    ours = ZipVLRequests(prompt, NUM_REQUESTS, NUM_STEPS, in_turn=False)
     ours.fill()
     for token in range(PROMPT_TOKENS, case.num_tokens):
         logits = case.step(ours, token)
@@ -108,15 +106,14 @@ def check(dense: DenseAttention, device: torch.device) -> str | None:
     if reason := why_no_fp8(dense):
         return reason
     try:
-        return _fault_of_fp8(case, expected, device)
+        return _fault_of_fp8(case, expected)
     # Its kernel is not ours, and the other methods do not depend on it.
     except RuntimeError as error:
         return str(error).splitlines()[0]
 
 
-def _fault_of_fp8(case: _Case, expected: torch.Tensor, device: torch.device) -> str | None:
-    with device:
-        requests = case.dense_requests(FP8)
+def _fault_of_fp8(case: _Case, expected: torch.Tensor) -> str | None:
+    requests = case.dense_requests(FP8)
     found = case.prefill(requests, case.num_tokens).expand(NUM_REQUESTS, -1)
     requests.fill()
     for name, logits in (("prefill", found), ("decode", case.step(requests, -1))):

@@ -62,8 +62,7 @@ class DenseRequests:
     ) -> torch.Tensor:
         query, key, value = (x.to(self.dtype) for x in (query, key, value))
         self.cache.store_prompt(layer, key, value)
-        with query.device:
-            out = self.dense.prefill(query, key, value)()
+        out = self.dense.prefill(query, key, value)()
         return out if self.dense.flash else out[0].transpose(0, 1)
 
     def fill(self) -> None:

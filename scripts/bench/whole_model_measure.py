@@ -59,9 +59,8 @@ class Bench(NamedTuple):
 
     def prefill(self, num_tokens: int, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
         """The first token after a random prompt."""
-        with self.device:
-            tokens = torch.randint(self.shape.vocab_size, (num_tokens,))
-            positions = torch.arange(num_tokens)
+        tokens = torch.randint(self.shape.vocab_size, (num_tokens,))
+        positions = torch.arange(num_tokens)
         return self.decoder.logits(tokens, positions, attend, 1).argmax(-1)
 
 
@@ -88,8 +87,7 @@ def _fp8_row(
 
 
 def _dense_prefill(bench: Bench, num_tokens: int, dtype: torch.dtype) -> Prefilled:
-    with bench.device:
-        requests = DenseRequests(bench.shape, bench.dense, 1, num_tokens, dtype)
+    requests = DenseRequests(bench.shape, bench.dense, 1, num_tokens, dtype)
     return _prefilled(bench, num_tokens, requests)
 
 
@@ -125,11 +123,9 @@ def prefill_rows(bench: Bench, num_tokens: int) -> Iterator[dict[str, Any]]:
 def _zipvl_prefill(
     bench: Bench, num_tokens: int, dense: Prefilled
 ) -> tuple[Prefilled, dict[str, Any]]:
-    with bench.device:
-        prompt = Prompt(bench.shape, bench.config, num_tokens)
+    prompt = Prompt(bench.shape, bench.config, num_tokens)
     prefilled = _prefilled(bench, num_tokens, prompt)
-    with bench.device:
-        compressor = Compressor(prompt)
+    compressor = Compressor(prompt)
     compression = bench.clock.median_of(compressor.run, bench.sizes.repeats)
     rest = dense.seconds - dense.attention_seconds
     ideal = rest + prompt.kept**2 * dense.attention_seconds
@@ -168,8 +164,7 @@ def _decoded(
     num_steps: int,
 ) -> Decoded:
     requests.fill()
-    with bench.device:
-        tokens = torch.randint(bench.shape.vocab_size, (num_requests,))
+    tokens = torch.randint(bench.shape.vocab_size, (num_requests,))
 
     def step() -> None:
         requests.begin()
@@ -186,8 +181,7 @@ def _dense_decode(bench: Bench, budget: int, dtype: torch.dtype, num_steps: int)
     num_tokens = bench.sizes.decode_tokens
     request_bytes = whole_model_dense.request_bytes(bench.shape, num_tokens, dtype)
     num_requests = budget // request_bytes
-    with bench.device:
-        requests = DenseRequests(bench.shape, bench.dense, num_requests, num_tokens, dtype)
+    requests = DenseRequests(bench.shape, bench.dense, num_requests, num_tokens, dtype)
     bench.prefill(num_tokens, requests.prefill)
     return _decoded(bench, requests, num_requests, request_bytes, num_steps)
 
@@ -196,14 +190,12 @@ def _zipvl_decode(bench: Bench, budget: int, num_steps: int) -> tuple[Decoded, f
     """Also the share of the prompt kept at high precision."""
     geometry = geometry_of(bench.shape, bench.config)
     num_tokens = prompt_tokens(bench.config, geometry, bench.sizes.decode_tokens)
-    with bench.device:
-        prompt = Prompt(bench.shape, bench.config, num_tokens)
+    prompt = Prompt(bench.shape, bench.config, num_tokens)
     bench.prefill(num_tokens, prompt.prefill)
     masks = prompt.masks()
     request_bytes = whole_model_requests.request_bytes(prompt, prompt.num_pages(masks))
     num_requests = budget // request_bytes
-    with bench.device:
-        requests = ZipVLRequests(prompt, num_requests, num_steps)
+    requests = ZipVLRequests(prompt, num_requests, num_steps)
     decoded = _decoded(bench, requests, num_requests, request_bytes, num_steps)
     return decoded, float(masks.float().mean())
 

@@ -11,7 +11,10 @@ from method_zipvl import ZipVL, at_random, by_raw_scores, nothing
 TAUS = (0.7, 0.8, 0.9, 0.94, 0.96, 0.985, 0.99)
 """Beside the default, 0.975."""
 PAPER = {"window": 0, "sinks": 0}
-BITS = ((8, 4), (4, 4), (16, 0), (4, 0), (16, 16))
+DENSE = {"sparse_prefill": False}
+TWO_BITS = {"low_bits": 2}
+"""For what the cache does not choose."""
+BITS = ((8, 4), (4, 2), (16, 0), (4, 0), (16, 16))
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 METHODS: dict[str, Method] = {
@@ -25,15 +28,12 @@ METHODS: dict[str, Method] = {
     # ZipVL, but for the same share in every layer and question.
     **{f"fixed-{ratio}": ZipVL({"ratio": ratio}) for ratio in RATIOS},
     # A dense prefill, and a fixed share of the cache at the high precision (arXiv 2405.14256).
-    **{f"zipcache-{r}": ZipVL({"ratio": r, "sparse_prefill": False}) for r in (0.3, 0.5)},
+    **{f"zipcache-{r}": ZipVL({"ratio": r, **TWO_BITS, **DENSE}) for r in (0.3, 0.5)},
     **{f"random-{ratio}": ZipVL({"ratio": ratio}, choose=at_random) for ratio in RATIOS},
-    **{
-        f"kv{bits}": ZipVL({"sparse_prefill": False, "high_bits": bits, "low_bits": bits})
-        for bits in (8, 4)
-    },
-    "kv2": ZipVL({"sparse_prefill": False}, choose=nothing),
-    "cache-4/2": ZipVL({"sparse_prefill": False}),
-    "cache-16/0": ZipVL({"sparse_prefill": False, "high_bits": 16, "low_bits": 0}),
+    **{f"kv{bits}": ZipVL({"high_bits": bits, "low_bits": bits, **DENSE}) for bits in (8, 4)},
+    "kv2": ZipVL({**TWO_BITS, **DENSE}, choose=nothing),
+    "cache-4/2": ZipVL({**TWO_BITS, **DENSE}),
+    "cache-16/0": ZipVL({"high_bits": 16, "low_bits": 0, **DENSE}),
     "fastv": FastV(),
     "fastv-k1": FastV(layer=1),
     **{f"fastv-{dropped}": FastV(dropped=dropped) for dropped in (0.25, 0.75)},

@@ -29,7 +29,7 @@ class Lines:
     ) -> Attended:
         out, pairs = torch.zeros_like(query), 0
         num_heads, num_tokens, _ = query.shape
-        for rows in torch.arange(num_tokens).split(QUERIES_AT_ONCE):
+        for rows in torch.arange(num_tokens).split(QUERIES_AT_ONCE[query.device.type]):
             columns = torch.arange(int(rows[-1]) + 1)
             ahead = rows[:, None] - columns
             seen = self.columns[:, None, : len(columns)] | self.diagonals[:, ahead.clamp(min=0)]

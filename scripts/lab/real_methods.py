@@ -73,7 +73,7 @@ CACHES = {"8": (8, 8), "8/4": (8, 4), "4": (4, 4), "4/2": (4, 2), "4/0": (4, 0),
 PREFILLS: dict[str, Method] = {
     "full": Method(FULL),
     **{f"paper-tau{tau}": paper(tau) for tau in TAUS},
-    **{f"zipvl-tau{tau}": sparse(tau) for tau in TAUS},
+    **{f"zipvl-tau{tau}": sparse(tau) for tau in (*TAUS, 0.985, 0.995)},
     **{f"all-mass-tau{tau}": all_mass(tau) for tau in TAUS},
     **{f"fixed-{ratio}": all_mass(ratio=ratio) for ratio in RATIOS},
     **{f"random-{ratio}": all_mass(ratio=ratio, order="random") for ratio in RATIOS},
@@ -84,6 +84,17 @@ PREFILLS: dict[str, Method] = {
     **{f"{sets}-sets": near(sets=sets) for sets in ("kv_head", "head")},
     **{f"dense-first-{n}": near(dense_layers=n) for n in (1, 2)},
     "dense-half": near(dense_half=True),
+    **{f"window-{window}-tau0.975": sparse(window=window) for window in (32, 128)},
+    **{
+        f"probes-{recent}+{others}-tau0.975": sparse(probe_recent=recent, probe_random=others)
+        for recent, others in ((32, 32), (64, 192), (128, 128))
+    },
+    "smooth-1-tau0.975": sparse(smooth=1),
+    "loudest-tau0.975": sparse(order="loudest"),
+    **{f"recent-x{weight}-tau0.975": sparse(recent_again=weight - 1) for weight in (3, 8)},
+    "recent-x3-tau0.985": sparse(0.985, recent_again=2),
+    "kv_head-sets-tau0.975": sparse(sets="kv_head"),
+    "dense-first-2-tau0.975": sparse(dense_layers=2),
     **{
         f"token-sparse-tau{tau}": paper(tau, smooth=1, sets="head", dense_half=True)
         for tau in (0.9, 0.975)
@@ -134,6 +145,13 @@ TOGETHER: dict[str, Method] = {
         )
         for name, (high, low) in CACHES.items()
         if name != "4/2"
+    },
+    **{
+        f"zipvl-4-{name}": both(method, head=BLOCK_SIZE, bits=(4, 4))
+        for name, method in {
+            **{f"tau{tau}": sparse(tau) for tau in (0.9, 0.95, 0.985, 0.99)},
+            "all-mass-tau0.975": all_mass(),
+        }.items()
     },
 }
 """Prefill and cache, by the tau of either; "own" is what the prefill kept."""

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,23 +105,39 @@ def _convert(file: Path, out: Path) -> None:
     (out / SIZES).write_text(json.dumps(sizes))
 
 
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SystemExit(f"{folder} is no folder of a model: {first}") from error
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Of a model that the lab runs.
+
+    Raises:
+        SystemExit: The folder holds no model, or one of another shape.
+    """
+    with _readable(folder):
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        if kind not in SHAPES:
+            raise SystemExit(f"{folder} holds a model of type {kind!r}, not one of {SHAPES}")
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def load(folder: Path) -> tuple[Any, Any]:
     """Model in float32, and tokenizer.
 
     Raises:
         SystemExit: The folder holds no model, or one of another shape.
     """
-    try:
-        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        if kind not in SHAPES:
-            raise SystemExit(f"{folder} holds a model of type {kind!r}, not one of {SHAPES}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = tokenizer_of(folder)
+    with _readable(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SystemExit(f"{folder} is no folder of a model: {first}") from error
     return model.eval().requires_grad_(False), tokenizer
 
 

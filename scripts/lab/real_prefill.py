@@ -74,6 +74,10 @@ class Whole:
         yield slice(0, num_tokens)
 
 
+MIN_TOKENS = 512
+"""Less than by default: what the rule does shows at 1,024 tokens already."""
+
+
 @dataclass(frozen=True)
 class Sparse:
     """The package's prefill, and what may be put in the place of its parts.
@@ -84,6 +88,7 @@ class Sparse:
         sinks: First tokens that every query sees.
         probe_recent: Last positions of a chunk that probe.
         probe_random: Random ones.
+        recent_again: How many times more each of the last positions counts than a random one.
         chunk: Tokens of a chunk; None is the whole prompt.
         dense_layers: First layers that attend densely.
         dense_half: Whether the first half of the layers does.
@@ -95,10 +100,11 @@ class Sparse:
     sinks: int = ZipVLConfig.sinks
     probe_recent: int = ZipVLConfig.probe_recent
     probe_random: int = ZipVLConfig.probe_random
+    recent_again: int = 0
     chunk: int | None = None
     dense_layers: int = 0
     dense_half: bool = False
-    min_tokens: int = ZipVLConfig.min_tokens
+    min_tokens: int = MIN_TOKENS
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """As vLLM's token budget would cut; a last token alone joins the chunk before it."""
@@ -121,7 +127,10 @@ class _ByProbes:
 
     def view(self, layer: Layer) -> View:
         method = self.method
-        probing = Probing(method.probe_recent, method.probe_random, 0, method.window, method.sinks)
+        near = method.window, method.sinks
+        probing = Probing(
+            method.probe_recent, method.probe_random, 0, *near, 1 + method.recent_again
+        )
         tally = self.tallies.setdefault(layer.index, Tally(probing))
         seen = tally.add(layer.query, layer.key, layer.scale)
         kept = method.rule.choose(seen, layer.key.shape[0])

@@ -19,6 +19,7 @@ class Probing(NamedTuple):
         seed: Of the draw.
         window: Newest tokens that count as near.
         sinks: First tokens that count as near.
+        weight: As how many probes each recent one counts.
     """
 
     recent: int
@@ -26,6 +27,7 @@ class Probing(NamedTuple):
     seed: int
     window: int
     sinks: int
+    weight: int = 1
 
 
 class Seen(NamedTuple):
@@ -83,11 +85,11 @@ class Tally:
             masses[..., : self.random.shape[-1]] += self.random
         self.random = masses
         self.positions = np.concatenate([self.positions, random])
-        probes = np.concatenate([self.positions, recent])
-        num_visible = torch.from_numpy(num_visible_probes(probes, end))
+        probes = np.concatenate([self.positions, *[recent] * probing.weight])
+        num_visible = torch.from_numpy(num_visible_probes(probes, end)).to(query.device)
         num_outside = torch.nn.functional.pad(num_visible, (0, probing.window))[probing.window :]
         num_outside[: probing.sinks] = 0
-        mass, outside = masses + self._masses(query, key, recent, scale)
+        mass, outside = masses + probing.weight * self._masses(query, key, recent, scale)
         is_recent = recent_mask(len(recent), end, query.device)
         return Seen(mass, outside, num_visible, num_outside, len(probes), is_recent)
 

@@ -10,7 +10,7 @@ from real_probes import Seen
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.selection import num_for_mass, top_mask
 
-ORDERS = ("score", "random", "nothing")
+ORDERS = ("score", "loudest", "random", "nothing")
 SETS = ("layer", "kv_head", "head")
 
 
@@ -24,7 +24,8 @@ class Rule:
         outside: Whether what window and sinks hold of the mass counts as reached: the rest is
             chosen by the mass outside of them.
         smooth: Neighbours on either side with which a token's score is averaged.
-        order: "score", or "random" for as many tokens, whichever, or "nothing".
+        order: "score", or "loudest" for as many by the head that sees most of each, or "random" for
+            as many, whichever, or "nothing".
         sets: Who shares a set: all heads of a "layer", a "kv_head"'s, or each "head" has its own.
     """
 
@@ -44,8 +45,11 @@ class Rule:
         mass, num_visible = seen.mass, seen.num_visible
         if self.outside:
             mass, num_visible = seen.outside, seen.num_outside.clamp(min=1)
-        mass = mass.unflatten(0, (num_sets, -1)).sum(1)
+        by_head = mass.unflatten(0, (num_sets, -1))
+        mass = by_head.sum(1)
         num = self._count(mass, seen.num_probes * num_heads // num_sets)
+        if self.order == "loudest":
+            return top_mask(by_head.amax(1) / num_visible, num) | seen.is_recent
         return top_mask(self._scores(mass, num_visible), num) | seen.is_recent
 
     def _count(self, mass: torch.Tensor, total: int) -> torch.Tensor:
@@ -59,8 +63,9 @@ class Rule:
 
     def _scores(self, mass: torch.Tensor, num_visible: torch.Tensor) -> torch.Tensor:
         if self.order == "random":
-            generator = torch.Generator().manual_seed(zlib.crc32(mass.numpy().tobytes()))
-            return torch.rand(mass.shape, generator=generator)
+            seed = zlib.crc32(mass.cpu().numpy().tobytes())
+            generator = torch.Generator("cpu").manual_seed(seed)
+            return torch.rand(mass.shape, generator=generator, device="cpu").to(mass.device)
         scores = mass / num_visible
         if self.smooth:
             width = 2 * self.smooth + 1

@@ -70,7 +70,7 @@ class Runner:
     def __init__(self, model: Any) -> None:
         model.config._attn_implementation = NAME
         self.model, self.head = model.model, model.lm_head
-        self.num_layers = len(self.model.layers)
+        self.num_layers, self.device = len(self.model.layers), model.device
 
     def layers(self, ids: torch.Tensor, first: int, attend: Attend) -> torch.Tensor:
         """Tokens from position `first` on through all layers, [num_tokens, hidden_size]."""
@@ -121,6 +121,23 @@ class Runner:
             after = cache.after(before, prompt.views)
             found.append(self._continue(ids[1:-1], prompt.num_tokens + 1, after, cache))
         return torch.cat(found)
+
+    @torch.inference_mode()
+    def share(
+        self, prompt: Prompt, shared: int, own: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of a forced answer's tokens to a short prompt, float32 [num_tokens, vocabulary].
+
+        Args:
+            prompt: A long prompt, whose blocks it finds in the prefix cache.
+            shared: First tokens in them.
+            own: The other tokens of the short prompt, at least one, attended to densely.
+            ids: The answer's tokens.
+        """
+        parts = zip(prompt.keys, prompt.values, strict=True)
+        stored = [Stored.of(key[:, :shared], value[:, :shared], None) for key, value in parts]
+        rest = torch.cat([own, ids[:-1]])
+        return self._continue(rest, shared, stored, Cache())[len(own) - 1 :]
 
     def _continue(
         self, ids: torch.Tensor, first: int, stored: list[Stored], cache: Cache

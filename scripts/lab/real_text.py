@@ -11,19 +11,26 @@ from typing import Any, NamedTuple
 import torch
 
 ANSWER_TOKENS = 64
+SHARED_TOKENS, OWN_TOKENS = 384, 32
+"""Of a long prompt, the tokens that a short one begins with, and those that follow in it."""
 MIN_DOCSTRING = 800
 """Characters; shorter ones are no text."""
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "pydoc_data"}
+"""Folders of the standard library: what was installed, and what is no text about it."""
 
 
 class Stretch(NamedTuple):
     """A prompt and what is forced after it.
 
     Attributes:
-        task: "text" or "facts".
+        task: "text", "facts" or "shared".
         tokens: The prompt's length as asked for.
         doc: Which of that task and length.
         prompt: Token ids.
         answer: Token ids.
+        shared: So many first tokens of the prompt, as they were computed there, begin a short
+            prompt that the answer follows; 0: it follows this prompt.
+        own: Token ids that the short prompt computes itself.
     """
 
     task: str
@@ -31,17 +38,21 @@ class Stretch(NamedTuple):
     doc: int
     prompt: torch.Tensor
     answer: torch.Tensor
+    shared: int = 0
+    own: torch.Tensor = torch.empty(0, dtype=torch.int64)
 
     def digest(self) -> str:
         """Of what is in it: Pythons of other versions bring other text."""
-        ids = torch.cat([self.prompt, self.answer]).numpy().tobytes()
+        ids = torch.cat([self.prompt, self.answer, self.own]).numpy().tobytes()
         return hashlib.sha256(f"{len(self.prompt)}".encode() + ids).hexdigest()[:12]
 
 
 def _docstrings() -> list[str]:
     """Long docstrings of the standard library's own modules, file by file."""
     folder, found = Path(sysconfig.get_path("stdlib")), []
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.rglob("*.py")):
+        if LEFT_OUT & {*file.relative_to(folder).parts}:
+            continue
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
@@ -95,3 +106,15 @@ class Texts:
         return Stretch(
             "text", tokens, doc, self.ids[first:end], self.ids[end : end + ANSWER_TOKENS]
         )
+
+    def shared(self, tokens: int, doc: int) -> Stretch:
+        """A prompt of `tokens`, and how it goes on after the beginning that a short one has too.
+
+        Raises:
+            SystemExit: It is not longer than the short one and its answer.
+        """
+        long, end = self.stretch(tokens, doc), SHARED_TOKENS + OWN_TOKENS
+        if tokens <= end + ANSWER_TOKENS:
+            raise SystemExit(f"shared prompts have more than {end + ANSWER_TOKENS} tokens")
+        answer, own = long.prompt[end : end + ANSWER_TOKENS], long.prompt[SHARED_TOKENS:end]
+        return Stretch("shared", tokens, doc, long.prompt, answer, SHARED_TOKENS, own)

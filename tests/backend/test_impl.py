@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **zipvl: Any) -> None:
         config: Any = SimpleNamespace(
-            additional_config={"zipvl": zipvl},
+            additional_config={"zipvl": {"low_bits": 2, **zipvl}},
             scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS, max_num_batched_tokens=48),
             compilation_config=SimpleNamespace(static_forward_context={}),
             parallel_config=None,

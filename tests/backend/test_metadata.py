@@ -26,7 +26,8 @@ class Worker(ZipVLWorker):
         self, slot_of_block: torch.Tensor, compressed_lens: torch.Tensor, *chunks: ChunkPlan
     ) -> None:
         geometry = PageGeometry(1, 1, 32, 4, BLOCK_SIZE, 4, 2)
-        super().__init__(CacheRules(ZipVLConfig(), geometry), lambda mass: mass, 2000)
+        config = ZipVLConfig(low_bits=2, min_tokens=512)
+        super().__init__(CacheRules(config, geometry), lambda mass: mass, 2000)
         self.slot_of_block = slot_of_block
         self.chunks = list(chunks)
         tables: Any = SimpleNamespace(compressed_lens=compressed_lens)

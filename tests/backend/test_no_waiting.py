@@ -114,7 +114,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"ratio": 0.3}, {"tau": 1.0}, {"max_kept": 0.4}, {"low_bits": 0}], ids=str
+    "settings",
+    [
+        {},
+        {"low_bits": 2},
+        {"low_bits": 2, "ratio": 0.3},
+        {"low_bits": 2, "tau": 1.0},
+        {"low_bits": 2, "max_kept": 0.4},
+        {"low_bits": 0},
+    ],
+    ids=str,
 )
 def test_a_step_with_prompts_decodes_and_compressions(
     settings: dict[str, Any], kernels: list[torch.Tensor]

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def make_selector(**settings: Any) -> PromptSelector:
     geometry = PageGeometry(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, 4, 16, 4, 2)
-    config = ZipVLConfig(**{"ratio": NUM_PLANTED / NUM_TOKENS, **settings})
+    config = ZipVLConfig(**{"ratio": NUM_PLANTED / NUM_TOKENS, "low_bits": 2, **settings})
     return PromptSelector(CacheRules(config, geometry), lambda mass: mass, MAX_TOKENS)
 
 

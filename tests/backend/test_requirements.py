@@ -268,7 +268,7 @@ class TestEngine:
     def test_settings_that_would_do_nothing(self, engine_config: EngineConfig) -> None:
         vllm_config = engine_config(max_model_len=256)
         message = refusal(vllm_config, ZipVLConfig(compress=False))
-        assert "zipvl.min_tokens 512 above the context of 256" in message
+        assert "zipvl.min_tokens 2048 above the context of 256" in message
         check_supported(vllm_config, ZipVLConfig(compress=False, min_tokens=256))
 
     def test_vllm_outside_the_range(

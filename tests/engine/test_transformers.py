@@ -12,7 +12,7 @@ from vllm_zipvl.hf import ZipVLCache
 
 BLOCK_SIZE = 16
 NUM_NEW = 60
-COMMON = {"min_tokens": 64, "interval": 32, "residual": 16}
+COMMON = {"min_tokens": 64, "interval": 32, "residual": 16, "low_bits": 2}
 SETTINGS = [
     {"tau": 0.9},
     {"ratio": 0.3, "max_kept": 0.25},

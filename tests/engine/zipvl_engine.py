@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_zipvl.plan import CompressionPlan, CompressionReport
 
 KEEP_ALL = {"tau": 1.0, "high_bits": 16, "low_bits": 16, "interval": 32}
-LOSSY = {"ratio": 0.4, "min_tokens": 128, "interval": 32, "residual": 16}
+LOSSY = {"ratio": 0.4, "low_bits": 2, "min_tokens": 128, "interval": 32, "residual": 16}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from vllm_zipvl.hf import ZipVLCache
 from vllm_zipvl.hf.attention import zipvl_attention
 
 KEEP_ALL = ZipVLConfig(tau=1.0, high_bits=16, low_bits=16, interval=16, min_tokens=32)
-LOSSY = ZipVLConfig(ratio=0.4, interval=16, residual=16, min_tokens=64)
+LOSSY = ZipVLConfig(ratio=0.4, low_bits=2, interval=16, residual=16, min_tokens=64)
 TEXTS = ("What is it?", "Which colour is the one on the left, and which the one on the right? " * 3)
 PROMPTS = [f"USER: <image>\n{text}\nASSISTANT:" for text in TEXTS]
 BLOCK_SIZE = 16

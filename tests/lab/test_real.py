@@ -9,15 +9,17 @@ from pydoc_data.topics import topics
 
 import pytest
 import real
+import real_answers
 import real_model
 import real_report
 import real_text
 import torch
+from real_answers import Work, divergence
 from real_cache import BLOCK_SIZE, Cache
 from real_methods import METHODS, Method, cut, sparse
 from real_rules import Rule
 from real_run import Prompt, Runner
-from real_text import Texts
+from real_text import Stretch, Texts
 
 from vllm_zipvl.config import ZipVLConfig
 from vllm_zipvl.core.geometry import UNQUANTISED
@@ -81,7 +83,7 @@ def check_agreement(model, ids: torch.Tensor, answer: torch.Tensor, method: Meth
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     else:
         # Sums in another order, and a code may fall on the other side of a rounding.
-        assert abs(real.divergence(expected, found)) < 1e-3
+        assert abs(divergence(expected, found)) < 1e-3
 
 
 @pytest.mark.parametrize("bits", [(16, 16), (8, 4), (4, 2), (16, 0)])
@@ -156,6 +158,34 @@ def test_a_study_goes_on_after_an_interruption(run, tmp_path):
     tables = real_report.report([out], against="cache-4/2-tau0.9")
     assert "text, 96 tokens, 2 stretches (loss" in tables and "right %" in tables
     assert "1.00 (1.00 to 1.00)" in tables
+
+
+def test_a_short_prompt_begins_with_blocks_of_a_long_one(folder):
+    model, tokenizer = real_model.load(folder)
+    ids, runner = Texts(tokenizer).ids[:200], Runner(model)
+    whole, answer = sparse(1.0, **SHORT).prefill, ids[80:90]
+    dense = runner.answer(runner.prefill(ids[:80], whole), answer, Cache())
+    found = runner.share(runner.prefill(ids, whole), 64, ids[64:80], answer)
+    torch.testing.assert_close(found, dense, atol=1e-4, rtol=1e-4)
+    paper = sparse(0.5, window=0, sinks=0, **SHORT).prefill
+    other = runner.share(runner.prefill(ids, paper), 64, ids[64:80], answer)
+    assert (other - dense).abs().max() > 1e-2
+
+
+def test_processes_share_the_stretches(run, tmp_path):
+    some = ("--docs", "2", "--methods", "full", "zipvl-tau0.9", "random-0.4")
+    alone = run(*some)
+    (tmp_path / "rows.jsonl").unlink()
+    found = run(*some, "--processes", "2")
+    figures = [[{**row, "seconds": 0} for row in rows] for rows in (alone, found)]
+    assert sorted(map(str, figures[0])) == sorted(map(str, figures[1]))
+
+
+def test_a_process_that_fails_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(real_answers, "POLL_SECONDS", 0.1)
+    stretch = Stretch("text", 4, 0, torch.tensor([1, 2, 3, 4]), torch.tensor([5]))
+    with pytest.raises(SystemExit, match="a process failed"):
+        list(real_answers.measured([Work(stretch, ["full"])] * 2, tmp_path, "cpu", 1, 2))
 
 
 def test_rows_of_something_else_are_refused(run, tmp_path):
