@@ -45,15 +45,31 @@ class PageLayout(NamedTuple):
 
 
 @triton.jit
+def _masked(words, mask: tl.constexpr):
+    """Words with the bits of a mask alone.
+
+    Assembly, since a compiler that sees the mask of a word makes of it one for each half.
+    """
+    if INTERPRETED:
+        masked = words & mask
+    else:
+        masks = tl.full([], mask, tl.uint32)
+        masked = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [words, masks], tl.uint32, is_pure=True, pack=1
+        )
+    return masked
+
+
+@triton.jit
 def _fields(words, bits: tl.constexpr):
     """The codes at each place of 16-bit halves, apart in a new last dimension."""
     if bits == 8:
-        fields = words & 0x00FF00FF
+        fields = _masked(words, 0x00FF00FF)
     elif bits == 4:
-        fields = tl.join(words & 0x000F000F, words & 0x00F000F0)
+        fields = tl.join(_masked(words, 0x000F000F), _masked(words, 0x00F000F0))
     else:
-        even = tl.join(words & 0x00030003, words & 0x00300030)
-        odd = tl.join(words & 0x000C000C, words & 0x00C000C0)
+        even = tl.join(_masked(words, 0x00030003), _masked(words, 0x00300030))
+        odd = tl.join(_masked(words, 0x000C000C), _masked(words, 0x00C000C0))
         fields = tl.join(even, odd)
     return fields
 
@@ -100,18 +116,18 @@ def _beside(a, b):
 
 
 @triton.jit
-def key_words(heap, pages, layout: tl.constexpr):
-    """Words of keys, [quarters, 8, pages, slots / 8, parts, words], of pages that start there."""
+def key_words(heap, starts, layout: tl.constexpr):
+    """Words of keys of pages that start there, [threads, words, 2, ...], as `_load_all` has them.
+
+    Of eight tokens a load has one vector of each for each of four threads.
+    """
     parts: tl.constexpr = max(1, layout.words // 16)
     quarters: tl.constexpr = min(4, layout.words)
     width: tl.constexpr = layout.words // (parts * quarters)
-    quarter = tl.arange(0, quarters)[:, None, None, None, None, None]
-    slot = tl.arange(0, 8)[None, :, None, None, None, None]
-    slot += tl.arange(0, layout.slots // 8)[None, None, None, :, None, None] * 8
-    part = tl.arange(0, parts)[None, None, None, None, :, None]
-    word = tl.arange(0, width)[None, None, None, None, None, :]
-    word += (part * quarters + quarter) * width
-    return _load_words(heap, pages[None, None, :, None, None, None], slot, word, layout)
+    thread = tl.arange(0, 8 * quarters)[:, None]
+    word = _spread(thread % quarters, quarters) * width + tl.arange(0, width)[None, :]
+    loads: tl.constexpr = layout.pages * (layout.slots // 8) * parts
+    return _load_all(heap, starts, thread // quarters, word, layout, 8, 1, parts, 0, loads, 1)
 
 
 @triton.jit
@@ -124,8 +140,8 @@ def key_operand(words, layout: tl.constexpr, dtype: tl.constexpr):
     tokens: tl.constexpr = layout.pages * layout.slots
     words = words.to(tl.uint32, bitcast=True)
     x = _numbers(_fields(tl.join(words, _odd_bytes(words)), layout.bits), dtype)
-    x = x.reshape([quarters, 8, tokens // 8, parts, width, 2, count, 2])
-    x = x.permute(2, 1, 3, 4, 6, 0, 5, 7)
+    x = x.reshape([8, quarters, width, tokens // 8, parts, 2, count, 2])
+    x = x.permute(3, 0, 4, 2, 6, 1, 5, 7)
     return x.reshape([tokens, 4 * layout.words * count])
 
 
@@ -145,27 +161,26 @@ def key_channels(layout: tl.constexpr):
     quarter, rest = rest % quarters, rest // quarters
     field, rest = rest % count, rest // count
     word, part = rest % width, rest // width
-    word += (part * quarters + quarter) * width
+    word += (part * quarters + _spread(quarter, quarters)) * width
     return _channel(word, half * 2 + shift, field, layout)
 
 
 @triton.jit
-def value_words(heap, pages, layout: tl.constexpr):
-    """Words of values of even and of odd tokens, [4, chunks, pages, slots / 16, 2, words] each.
+def value_words(heap, starts, layout: tl.constexpr):
+    """Words of values of even and of odd tokens, each as `_load_all` has them.
 
-    Of a page of 8 slots the last two dimensions before the words are of 1.
+    Of eight tokens, every second of 16 unless a page has 8, a load has one vector for each thread.
     """
     chunks: tl.constexpr = min(8, layout.words)
     width: tl.constexpr = layout.words // chunks
     pairs: tl.constexpr = min(2, layout.slots // 8)
-    slot = tl.arange(0, 4)[:, None, None, None, None, None] * (2 * pairs)
-    slot += tl.arange(0, layout.slots // (8 * pairs))[None, None, None, :, None, None] * (8 * pairs)
-    slot += tl.arange(0, pairs)[None, None, None, None, :, None] * 2
-    chunk = _spread(tl.arange(0, chunks)[None, :, None, None, None, None], chunks)
-    word = tl.arange(0, width)[None, None, None, None, None, :] + chunk * width
-    pages = pages[None, None, :, None, None, None] + layout.capacity * (layout.code_bytes // 4)
-    even = _load_words(heap, pages, slot, word, layout)
-    return even, _load_words(heap, pages, slot + 1, word, layout)
+    thread = tl.arange(0, 4 * chunks)[:, None]
+    slot = thread % 4 * (2 * pairs)
+    word = _spread(thread // 4, chunks) * width + tl.arange(0, width)[None, :]
+    heap += layout.capacity * (layout.code_bytes // 4)
+    loads: tl.constexpr = layout.pages * (layout.slots // 8)
+    even = _load_all(heap, starts, slot, word, layout, 2, pairs, 1, 0, loads, 1)
+    return even, _load_all(heap, starts, slot + 1, word, layout, 2, pairs, 1, 0, loads, 1)
 
 
 @triton.jit
@@ -179,8 +194,8 @@ def value_operand(even, odd, layout: tl.constexpr, dtype: tl.constexpr):
     lower, upper = _beside(even.to(tl.uint32, bitcast=True), odd.to(tl.uint32, bitcast=True))
     words = tl.join(lower, upper)
     x = _numbers(_fields(tl.join(words, _odd_bytes(words)), layout.bits), dtype)
-    x = x.reshape([4, chunks, tokens // (8 * pairs), pairs, width, 2, 2, count, 2])
-    x = x.permute(7, 4, 5, 6, 1, 2, 0, 3, 8)
+    x = x.reshape([chunks, 4, width, tokens // (8 * pairs), pairs, 2, 2, count, 2])
+    x = x.permute(7, 2, 5, 6, 0, 3, 1, 4, 8)
     return x.reshape([4 * layout.words * count, tokens])
 
 
@@ -202,16 +217,51 @@ def value_channels(layout: tl.constexpr):
 @triton.jit
 def _spread(chunk, chunks: tl.constexpr):
     """The order in which threads take chunks, so that no thread finds it could load two at once."""
-    return chunk % 2 * (chunks // 2) + chunk // 2
+    if chunks > 1:
+        chunk = chunk % 2 * (chunks // 2) + chunk // 2
+    return chunk
 
 
 @triton.jit
-def _load_words(heap, pages, slot, word, layout: tl.constexpr):
-    """Of codes of a page's slots; those beyond its tokens hold anything."""
+def _load_all(
+    heap, starts, slot, word, layout: tl.constexpr, apart: tl.constexpr, pairs: tl.constexpr,
+    parts: tl.constexpr, first: tl.constexpr, loads: tl.constexpr, step: tl.constexpr,
+):  # fmt: skip
+    """Words of all loads from the first on, apart in new last dimensions of 2.
+
+    A load takes of each thread one vector of neighbouring words and nothing else, so that there is
+    one way alone to lay it out, whichever dimension a compiler goes through first. Loads are of
+    parts of tokens, of tokens `apart` from each other, and of pages, the last dimension first.
+    """
+    if loads > 1:
+        even = _load_all(
+            heap, starts, slot, word, layout, apart, pairs, parts, first, loads // 2, step * 2
+        )
+        odd = _load_all(
+            heap, starts, slot, word, layout, apart, pairs, parts, first + step, loads // 2,
+            step * 2,
+        )  # fmt: skip
+        words = tl.join(even, odd)
+    else:
+        part: tl.constexpr = first % parts
+        pair: tl.constexpr = first // parts % pairs
+        groups: tl.constexpr = layout.slots // (8 * pairs)
+        group: tl.constexpr = first // (parts * pairs) % groups
+        page: tl.constexpr = first // (parts * pairs * groups)
+        slots: tl.constexpr = group * 8 * pairs + pair * apart
+        word += part * (layout.words // parts)
+        words = _load_words(heap + starts[page], slot, slots, word, layout)
+    return words
+
+
+@triton.jit
+def _load_words(heap, slot, slots: tl.constexpr, word, layout: tl.constexpr):
+    """Of codes of a page, `slots` after each slot; those beyond its tokens hold anything."""
     stride: tl.constexpr = layout.code_bytes // 4
     if (layout.capacity + layout.slots) * layout.code_bytes > layout.head_page_bytes:
-        slot = tl.minimum(slot, layout.capacity - 1)
-    places = heap + pages + (slot * stride + word)
+        places = heap + (tl.minimum(slot + slots, layout.capacity - 1) * stride + word)
+    else:
+        places = heap + slots * stride + (slot * stride + word)
     if layout.words == stride:
         words = tl.load(places)
     else:

@@ -62,12 +62,13 @@ def _pages(table, table_step, tile, num_pages, layout: tl.constexpr):
 def _page_starts(pages, head, layout: tl.constexpr):
     """Words of the heap at which a head's part of the pages starts."""
     even, odd = pages
-    page = even
+    own = head * (layout.head_page_bytes // 4)
+    even = even.to(tl.int64) * (layout.page_bytes // 4) + own
     if layout.pages == 2:
-        page = tl.where(tl.arange(0, 2) == 0, even, odd)
+        odd = odd.to(tl.int64) * (layout.page_bytes // 4) + own
     else:
-        page = even + tl.zeros([1], tl.int32)
-    return page.to(tl.int64) * (layout.page_bytes // 4) + head * (layout.head_page_bytes // 4)
+        odd = even
+    return even, odd
 
 
 @triton.jit
@@ -81,7 +82,10 @@ def _parameters(parameters, starts, tile, num_tokens, layout: tl.constexpr):
     slot = tl.arange(0, layout.slots)[None, :]
     page = tile * layout.pages + tl.arange(0, layout.pages)[:, None]
     is_token = (slot < capacity) & (page * capacity + slot < num_tokens)
-    param = parameters + starts[:, None] * 2 + (slot + capacity * layout.code_bytes)
+    start, other = starts
+    if layout.pages == 2:
+        start = tl.where(tl.arange(0, 2) == 0, start, other)[:, None]
+    param = parameters + start * 2 + (slot + capacity * layout.code_bytes)
     lower = tl.load(param, mask=is_token, other=0).to(tl.uint32)
     lower |= tl.load(param + capacity, mask=is_token, other=0).to(tl.uint32) << 16
     upper = tl.load(param + 2 * capacity, mask=is_token, other=0).to(tl.uint32)
