@@ -7,6 +7,7 @@ Scores count in powers of two. Tiles have their tokens before their heads, of wh
 import triton
 import triton.language as tl
 
+from vllm_zipvl.core.codes import SCALE_DROPPED_BITS
 from vllm_zipvl.ops.decode_attention.triton_codes import (
     key_channels,
     key_operand,
@@ -15,7 +16,7 @@ from vllm_zipvl.ops.decode_attention.triton_codes import (
     value_operand,
     value_words,
 )
-from vllm_zipvl.ops.tiles import dot, rounded, scale_of
+from vllm_zipvl.ops.tiles import INTERPRETED, dot, rounded, scale_of
 
 FACTOR, ROUNDED_OFF, EARLY, LATE, OFFSET = (tl.constexpr(i) for i in range(5))
 """What `folded_sums` hold of a query."""
@@ -27,10 +28,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _load_query(
     query, heads, is_member, channels, exponents, head_size: tl.constexpr, dtype: tl.constexpr
 ):
-    """Queries [channels, heads], divided by powers of two, as operands."""
-    mask = (channels < head_size)[:, None] & is_member[None, :]
-    q = tl.load(query + heads[None, :] * head_size + channels[:, None], mask=mask, other=0)
-    return (q.to(tl.float32) * tl.exp2(-exponents.to(tl.float32))[:, None]).to(dtype)
+    """Queries [channels, heads], divided by powers of two, as operands.
+
+    Loaded flat, and so laid out with a head's channels beside each other, by which operands are
+    whole registers.
+    """
+    mask = is_member[:, None] & (channels < head_size)[None, :]
+    places = query + heads[:, None] * head_size + channels[None, :]
+    size: tl.constexpr = heads.shape[0] * channels.shape[0]
+    q = tl.load(places.reshape([size]), mask=mask.reshape([size]), other=0)
+    q = q.reshape([heads.shape[0], channels.shape[0]]).to(tl.float32)
+    return tl.trans((q * tl.exp2(-exponents.to(tl.float32))[None, :]).to(dtype))
 
 
 @triton.jit
@@ -94,9 +102,54 @@ def _parameters(parameters, starts, tile, num_tokens, layout: tl.constexpr):
     return is_token.reshape([tokens]), both.reshape([tokens])
 
 
+_NUMBERS = tl.constexpr(
+    """{
+    .reg .b32 scales, upper, key_scale, value_scale;
+    .reg .b16 key_scale_half, value_scale_half, early, late, zero, none;
+    mov.b64 {scales, upper}, $5;
+    and.b32 key_scale, scales, 0xFF;
+    shl.b32 key_scale, key_scale, DROPPED_BITS;
+    mov.b32 {key_scale_half, none}, key_scale;
+    shr.u32 value_scale, scales, 8;
+    and.b32 value_scale, value_scale, 0xFF;
+    shl.b32 value_scale, value_scale, DROPPED_BITS;
+    mov.b32 {value_scale_half, none}, value_scale;
+    mov.b32 {none, early}, scales;
+    mov.b32 {late, zero}, upper;
+    cvt.f32.f16 $0, key_scale_half;
+    cvt.f32.f16 $1, value_scale_half;
+    cvt.f32.f16 $2, early;
+    cvt.f32.f16 $3, late;
+    cvt.f32.f16 $4, zero;
+    }""".replace("DROPPED_BITS", str(SCALE_DROPPED_BITS))
+)
+_FLOATS = tl.constexpr((tl.float32,) * 5)
+
+
 @triton.jit
 def _zero(word):
     return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _numbers_of(params, scores):
+    """What parameters of tokens stand for, one for each of the scores [tokens, heads].
+
+    They are the scales of both sides, both zeros of keys, and zeros of values. Assembly, and one
+    that has scores as an operand that it does nothing with, since a compiler would take each
+    number by itself to the threads whose scores it belongs to, instead of all as they are packed.
+    """
+    if INTERPRETED:
+        lower, upper = params.to(tl.uint32), (params >> 32).to(tl.uint32)
+        key_scale, value_scale = scale_of(lower)[:, None], scale_of(lower >> 8)[:, None]
+        early, late = _zero(lower >> 16)[:, None], _zero(upper)[:, None]
+        zero = _zero(upper >> 16)[:, None]
+    else:
+        each = tl.broadcast_to(params[:, None], scores.shape)
+        key_scale, value_scale, early, late, zero = tl.inline_asm_elementwise(
+            _NUMBERS, "=f,=f,=f,=f,=f,l,f", [each, scores], _FLOATS, is_pure=True, pack=1
+        )
+    return key_scale, value_scale, early, late, zero
 
 
 @triton.jit
@@ -155,20 +208,18 @@ def _attend_codes(
         if ahead:
             even, odd = value_words(heap, next_starts, layout)
         new_largest = tl.maximum(largest, tl.max((params.to(tl.int32) >> 8) & 255, axis=0) >> 3)
-        lower, upper = params.to(tl.uint32), (params >> 32).to(tl.uint32)
-        key_scale, value_scale = scale_of(lower), scale_of(lower >> 8)
-        early, late, zero = _zero(lower >> 16), _zero(upper), _zero(upper >> 16)
-        scores = (codes * factor[None, :] + query_off[None, :]) * key_scale[:, None]
-        scores += early[:, None] * early_sum[None, :] + offset[None, :]
-        scores += late[:, None] * late_sum[None, :]
+        key_scale, value_scale, early, late, zero = _numbers_of(params, codes)
+        scores = (codes * factor[None, :] + query_off[None, :]) * key_scale
+        scores += early * early_sum[None, :] + offset[None, :]
+        scores += late * late_sum[None, :]
         scores = tl.where(is_token[:, None], scores, float("-inf"))
         top, past, weights = _rescale(top, scores)
-        scaled = weights * (value_scale * _power(14 - new_largest))[:, None]
+        scaled = weights * (value_scale * _power(14 - new_largest))
         worth = scaled.to(dtype)
         past_worth = (past * _power(largest - new_largest))[None, :]
         sums = sums * past_worth + dot(value_codes, worth)
         total = total * past[None, :] + weights
-        extra = extra * past[None, :] + weights * zero[:, None]
+        extra = extra * past[None, :] + weights * zero
         if centres:
             extra += (scaled - worth.to(tl.float32)) * (middle * _power(new_largest - 14))
         starts, is_token, params, largest = next_starts, next_is_token, next_params, new_largest
