@@ -56,9 +56,11 @@ def applied(variant: Variant) -> Iterator[None]:
 
 
 def _num_shares(shape: DecodeShape, variant: Variant, is_dry: bool) -> int:
-    programs = shape.num_rows * layer_of(shape.model, is_dry).num_kv_heads
+    layer = layer_of(shape.model, is_dry)
+    programs = shape.num_rows * layer.num_kv_heads
+    num_sums = kernels._num_sums(layer.num_heads, layer.num_kv_heads, layer.head_size)
     with applied(variant):
-        return kernels._num_shares(programs, torch.get_default_device())
+        return kernels._num_shares(programs, num_sums, torch.get_default_device())
 
 
 def variants(shape: DecodeShape, is_dry: bool) -> list[Variant]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MAX_SHARES, MAX_WAVES = 128, 4
 PROGRAMS_PER_PROCESSOR = 12
 """Of one warp, as many as registers are for."""
+WIDE_PROGRAMS_PER_PROCESSOR = 8
 INTERPRETED_SHARES = 3
 SHARE_COST = 0.004
 """What beginning a share takes, in terms of a context of many tokens."""
@@ -38,7 +39,8 @@ MIN_TILES = 2
 """Of a share; shorter contexts have fewer shares."""
 MIN_HEADS = 8
 """Of a tile, as few as tensor cores take."""
-TILE_SHARES = 32
+TILE_PLACES = 16
+"""Of sums that are put together at once, and of as many more that are loaded meanwhile."""
 PLAIN_TOKENS = 16
 """Of a tile that is not quantised, as few as tensor cores take: a warp holds all of it."""
 
@@ -61,7 +63,10 @@ class Launch(NamedTuple):
 
 LAUNCH = Launch()
 MOST_SUMS = 128 * MIN_HEADS
-"""What a warp holds; more of them are for more warps."""
+"""What a warp holds beside others, as the launch has it."""
+WIDE_LAUNCH = Launch(max_registers=None)
+MOST_WIDE_SUMS = 2 * MOST_SUMS
+"""What a warp holds that has all registers it can have; more of them are for more warps."""
 
 
 @triton.jit(
@@ -185,17 +190,27 @@ def _shares_of(num_programs: int, at_once: int) -> int:
     return min(range(1, most + 1), key=time)
 
 
-def _num_shares(num_programs: int, device: torch.device) -> int:
+def _group_padded(group: int) -> int:
+    return max(MIN_HEADS, triton.next_power_of_2(group))
+
+
+def _num_sums(num_heads: int, num_kv_heads: int, head_size: int) -> int:
+    """Of a program, for the query heads of one KV head."""
+    return padded(head_size) * _group_padded(num_heads // num_kv_heads)
+
+
+def _num_shares(num_programs: int, num_sums: int, device: torch.device) -> int:
     """Shares of a row's context, so that all processors have work; fixed by the batch's size."""
     if device.type != "cuda" or num_programs == 0:
         return INTERPRETED_SHARES
-    return _shares_of(num_programs, _programs_at_once(device))
+    return _shares_of(num_programs, _programs_at_once(num_sums, device))
 
 
 def _workspace_floats(
     num_queries: int, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
 ) -> int:
-    num_shares = _num_shares(num_queries * num_kv_heads, device)
+    num_sums = _num_sums(num_heads, num_kv_heads, head_size)
+    num_shares = _num_shares(num_queries * num_kv_heads, num_sums, device)
     # Sums of pieces, of each part a maximum and a total; queries folded, their sums and totals.
     a_head = (num_shares + 2) * head_size + 3 * num_shares * 2
     return num_queries * num_heads * (a_head + head_size + NUM_SUMS.value + 1)
@@ -210,10 +225,11 @@ def workspace_bytes(
     return torch.float32.itemsize * most
 
 
-def _programs_at_once(device: torch.device) -> int:
+def _programs_at_once(num_sums: int, device: torch.device) -> int:
     """As many as the processors of a GPU hold."""
     properties = torch.cuda.get_device_properties(device)
-    return PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
+    programs = PROGRAMS_PER_PROCESSOR if num_sums <= MOST_SUMS else WIDE_PROGRAMS_PER_PROCESSOR
+    return programs * properties.multi_processor_count
 
 
 def _layout(geometry: PageGeometry, bits: int, tile_slots: int) -> PageLayout:
@@ -229,9 +245,9 @@ def _layout(geometry: PageGeometry, bits: int, tile_slots: int) -> PageLayout:
 
 def _launch(dtype: torch.dtype, num_sums: int) -> Launch:
     """How programs run that have as many sums to keep."""
-    if dtype == torch.float32 or num_sums > MOST_SUMS:
+    if dtype == torch.float32 or num_sums > MOST_WIDE_SUMS:
         return Launch(ahead=False, num_warps=8, max_registers=None)
-    return LAUNCH
+    return LAUNCH if num_sums <= MOST_SUMS else WIDE_LAUNCH
 
 
 def decode_attention(
@@ -247,7 +263,8 @@ def decode_attention(
     num_kv_heads = geometry.num_kv_heads
     group = num_heads // num_kv_heads
     num_parts = 3 if geometry.low_bits else 2
-    num_shares = _num_shares(num_queries * num_kv_heads, device)
+    num_sums = _num_sums(num_heads, num_kv_heads, head_size)
+    num_shares = _num_shares(num_queries * num_kv_heads, num_sums, device)
     floats = {"dtype": torch.float32, "device": device}
     heads = (num_queries, num_heads)
     partial = torch.empty(*heads, num_shares + num_parts - 1, head_size, **floats)
@@ -278,8 +295,7 @@ def decode_attention(
         **sizes,
     )
     kv_cache = context.kv_cache
-    group_padded = max(MIN_HEADS, triton.next_power_of_2(group))
-    launch = _launch(query.dtype, padded(head_size) * group_padded)
+    launch = _launch(query.dtype, num_sums)
     _attend[(num_kv_heads, num_shares, num_queries)](
         query,
         folded,
@@ -296,7 +312,7 @@ def decode_attention(
         *(kv_cache.stride(0), context.block_table.stride(0), context.page_table.shape[1]),
         num_kv_heads=num_kv_heads,
         group=group,
-        group_padded=group_padded,
+        group_padded=_group_padded(group),
         block_size=kv_cache.shape[2],
         high=_layout(geometry, geometry.high_bits, launch.tile_slots),
         low=_layout(geometry, geometry.low_bits, launch.tile_slots),
@@ -318,7 +334,7 @@ def decode_attention(
         max_pieces=triton.next_power_of_2(num_parts * MAX_SHARES),
         high_bits=geometry.high_bits,
         low_bits=geometry.low_bits,
-        tile_shares=TILE_SHARES,
+        tile_places=TILE_PLACES,
         **sizes,
     )
     return log_total

@@ -84,14 +84,28 @@ def fold(
     tl.store(own + OFFSET, offset)
 
 
+@triton.jit
+def _weights(tops, totals, part: tl.constexpr, share, num_shares, top):
+    """What sums of a part of these shares are multiplied by; 0 where there are none."""
+    is_share = (share >= 0) & (share < num_shares)
+    piece = part * num_shares + share
+    total = tl.load(totals + piece, mask=is_share, other=0)
+    own_top = tl.load(tops + piece, mask=is_share, other=float("-inf"))
+    return tl.where(total != 0, tl.exp2(own_top - top), 0.0)
+
+
 @triton.jit(do_not_specialize=["num_shares"])
 def combine(
     partial, partial_top, partial_total, out, log_total, num_shares,
     head_size: tl.constexpr, channels_padded: tl.constexpr, block: tl.constexpr,
     num_parts: tl.constexpr, max_pieces: tl.constexpr, high_bits: tl.constexpr,
-    low_bits: tl.constexpr, tile_shares: tl.constexpr,
+    low_bits: tl.constexpr, tile_places: tl.constexpr,
 ):  # fmt: skip
-    """Put the pieces of one query head together; one program each."""
+    """Put the pieces of one query head together; one program each.
+
+    In every place are the sums of one part at most. Nothing that is loaded tells what is loaded
+    next, so that nothing is waited for in between.
+    """
     head = tl.program_id(0).to(tl.int64)
     num_pieces = num_parts * num_shares
     pieces, channels = tl.arange(0, max_pieces), tl.arange(0, channels_padded)
@@ -102,27 +116,29 @@ def combine(
     top = tl.max(tops, axis=0)
     finite = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(tops - finite) * totals, axis=0)
-    turned = tl.zeros([channels_padded], tl.float32)
-    plain = tl.zeros([channels_padded], tl.float32)
-    for part in tl.static_range(num_parts):
-        for first in range(0, num_shares, tile_shares):
-            share = first + tl.arange(0, tile_shares)
-            places = own + part * num_shares + share
-            is_share = share < num_shares
-            # What is not a number is not 0 either.
-            is_there = tl.load(partial_total + places, mask=is_share, other=0) != 0
-            if tl.max(is_there.to(tl.int32), axis=0) > 0:
-                own_tops = tl.load(partial_top + places, mask=is_there, other=float("-inf"))
-                mask = is_there[:, None] & is_channel[None, :]
-                place = head * (num_shares + num_parts - 1) + part + share
-                place = place[:, None] * head_size + channels[None, :]
-                sums = tl.load(partial + place, mask=mask, other=0)
-                sums = tl.sum(sums * tl.exp2(own_tops - finite)[:, None], axis=0)
-                if (part == 0 and high_bits != 16) or (part == 2 and low_bits != 16):
-                    turned += sums
-                else:
-                    plain += sums
-    plain += rotated(turned, channels_padded, block)
+    num_places = num_shares + num_parts - 1
+    turned = tl.zeros([tile_places, channels_padded], tl.float32)
+    plain = tl.zeros([tile_places, channels_padded], tl.float32)
+    for first in tl.range(0, num_places, tile_places, loop_unroll_factor=4):
+        place = first + tl.arange(0, tile_places)
+        turned_weights = tl.zeros([tile_places], tl.float32)
+        plain_weights = tl.zeros([tile_places], tl.float32)
+        for part in tl.static_range(num_parts):
+            weights = _weights(
+                partial_top + own, partial_total + own, part, place - part, num_shares, finite
+            )
+            if (part == 0 and high_bits != 16) or (part == 2 and low_bits != 16):
+                turned_weights += weights
+            else:
+                plain_weights += weights
+        is_place = (place < num_places)[:, None] & is_channel[None, :]
+        sums = partial + (head * num_places + place)[:, None] * head_size + channels[None, :]
+        sums = tl.load(sums, mask=is_place, other=0)
+        # What is not a number is not 0 either; where nothing was written anything may be.
+        turned += tl.where((turned_weights != 0)[:, None], sums * turned_weights[:, None], 0.0)
+        plain += tl.where((plain_weights != 0)[:, None], sums * plain_weights[:, None], 0.0)
+    turned = rotated(tl.sum(turned, axis=0), channels_padded, block)
+    plain = tl.sum(plain, axis=0) + turned
     # A row without context: zeros.
     result = plain / tl.where(total == 0, 1.0, total)
     result = rounded(result, out.dtype.element_ty)
