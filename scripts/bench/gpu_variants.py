@@ -11,8 +11,8 @@ from vllm_zipvl.ops.decode_attention import triton as kernels
 
 LAUNCHES = (
     kernels.Launch(32, True, 1, 168), kernels.Launch(32, False, 1, 168),
-    kernels.Launch(32, True, 1, 128), kernels.Launch(32, False, 1, 128),
-    kernels.Launch(16, True, 1, 168), kernels.Launch(16, True, 1, 128),
+    kernels.Launch(32, False, 1, 144), kernels.Launch(32, False, 1, 128),
+    kernels.Launch(16, True, 1, 128), kernels.Launch(16, False, 1, 128),
     kernels.Launch(32, True, 1, None),
 )  # fmt: skip
 PROGRAMS = (8, 12, 16, 24)

@@ -71,12 +71,8 @@ def _page_starts(pages, head, layout: tl.constexpr):
     """Words of the heap at which a head's part of the pages starts."""
     even, odd = pages
     own = head * (layout.head_page_bytes // 4)
-    even = even.to(tl.int64) * (layout.page_bytes // 4) + own
-    if layout.pages == 2:
-        odd = odd.to(tl.int64) * (layout.page_bytes // 4) + own
-    else:
-        odd = even
-    return even, odd
+    page_words: tl.constexpr = layout.page_bytes // 4
+    return even.to(tl.int64) * page_words + own, odd.to(tl.int64) * page_words + own
 
 
 @triton.jit
