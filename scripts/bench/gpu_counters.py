@@ -3,7 +3,7 @@
     python scripts/bench/gpu_counters.py --json OUT.json   # the report lies beside it: OUT.ncu-rep
     TRITON_INTERPRET=1 python scripts/bench/gpu_counters.py --json OUT.json --dry-run
 
-To be falsified is what the instructions of `_attend` let expect, 2.3 for each element that it
+To be falsified is what the instructions of `_attend` let expect, 2.4 for each element that it
 dequantises: that it waits for issue slots, not for memory.
 """
 

@@ -4,7 +4,7 @@
     TRITON_INTERPRET=1 python scripts/bench/gpu_decode.py --json OUT --dry-run
 
 Every output is checked before it is timed. Apart are the kernels of ours. What is
-predicted counts instructions: 2.3 for each element that `_attend` dequantises.
+predicted counts instructions: 2.4 for each element that `_attend` dequantises.
 """
 
 import gc

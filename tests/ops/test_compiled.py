@@ -57,7 +57,8 @@ class AbsentGPU(DriverBase):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        """One for each capability, since kernels are compiled once for a device."""
+        return self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0

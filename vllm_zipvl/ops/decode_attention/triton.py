@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 LAUNCH = Launch()
 MOST_SUMS = 128 * MIN_HEADS
 """What a warp holds beside others, as the launch has it."""
-WIDE_LAUNCH = Launch(max_registers=None)
+WIDE_LAUNCH = Launch(ahead=False, max_registers=None)
 MOST_WIDE_SUMS = 2 * MOST_SUMS
 """What a warp holds that has all registers it can have; more of them are for more warps."""
 
