@@ -135,8 +135,8 @@ def combine(
         sums = partial + (head * num_places + place)[:, None] * head_size + channels[None, :]
         sums = tl.load(sums, mask=is_place, other=0)
         # What is not a number is not 0 either; where nothing was written anything may be.
-        turned += tl.where((turned_weights != 0)[:, None], sums * turned_weights[:, None], 0.0)
-        plain += tl.where((plain_weights != 0)[:, None], sums * plain_weights[:, None], 0.0)
+        turned += tl.where((turned_weights != 0)[:, None], sums, 0.0) * turned_weights[:, None]
+        plain += tl.where((plain_weights != 0)[:, None], sums, 0.0) * plain_weights[:, None]
     turned = rotated(tl.sum(turned, axis=0), channels_padded, block)
     plain = tl.sum(plain, axis=0) + turned
     # A row without context: zeros.
