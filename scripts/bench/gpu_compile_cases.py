@@ -21,7 +21,7 @@ from gpu_cases import (
     decode_shapes,
     layer_of,
 )
-from gpu_variants import Variant, applied, tuned_shapes, variants
+from gpu_variants import Variant, applied, variants
 
 from vllm_zipvl.core.sequences import Sequences
 from vllm_zipvl.ops.tail_scores import tail_scores
@@ -94,11 +94,15 @@ def layer_cases(is_dry: bool) -> Cases:
 
 
 def tuning_cases(is_dry: bool) -> Cases:
-    """Every variant of decode attention that is tried."""
+    """Every launch of decode attention that is tried; how contexts are cut changes no kernel."""
+    shapes = {shape.model: shape for shape in decode_shapes(is_dry)}
+    tried = {
+        variant.launch: variant for shape in shapes.values() for variant in variants(shape, is_dry)
+    }
     return {
         f"decode {shape}, {variant}": partial(_variant, shape, variant)
-        for shape in tuned_shapes(is_dry)
-        for variant in variants(shape, is_dry)
+        for shape in shapes.values()
+        for variant in tried.values()
     }
 
 

@@ -3,7 +3,7 @@
     python scripts/bench/gpu_counters.py --json OUT.json   # the report lies beside it: OUT.ncu-rep
     TRITON_INTERPRET=1 python scripts/bench/gpu_counters.py --json OUT.json --dry-run
 
-To be falsified is what the instructions of `_attend` let expect, 8.5 for each element that it
+To be falsified is what the instructions of `_attend` let expect, 2.4 for each element that it
 dequantises: that it waits for issue slots, not for memory.
 """
 
@@ -32,9 +32,9 @@ from gpu_program import Report, begin, parser_of
 SECTIONS = (
     "SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy",
 )  # fmt: skip
-KERNELS = "regex:^(_attend|_combine|_encode|_column_sums)$"
+KERNELS = "regex:^(fold|_attend|combine|_encode|_column_sums)$"
 NUM_ROWS, PROBED_TOKENS = 64, 8192
-EXPECTED = "to falsify: _attend issue slots 55 to 70 %, DRAM 20 to 30 %, occupancy 18 %"
+EXPECTED = "to falsify: _attend issue slots 50 to 70 %, DRAM 60 to 80 %, occupancy 18 %"
 METRICS = {
     "us": ("gpu__time_duration.sum", 1e-3),
     "issue": ("smsp__issue_active.avg.per_cycle_active", 100),

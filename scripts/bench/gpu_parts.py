@@ -24,6 +24,11 @@ CHECKED = f"test_serving_shapes or {WRITES} or side_by_side or test_scores_match
 """What the kernels that serve give; the other tests take minutes to compile theirs."""
 SANITISED = f"{WRITES} or test_gather_gives"
 """Tests that write pages and blocks and read them back; the sanitizer is slow."""
+DECODE_CHECKED = (
+    "test_serving_shapes and decode or test_all_bit_pairs or test_long_context or unpacked"
+)
+"""Of decode attention what serves, all pairs of bits, and shares of one context."""
+DECODE_DRY = "unpacked or halves"
 DRY = "test_any_precision_has_a_codec"
 GATE_WORKERS = 12
 DENSE_IDENTITY = "tests/engine/test_dense_identity.py"
@@ -111,6 +116,19 @@ def tuning(call: Call) -> Parts:
     }
 
 
+def decode(call: Call) -> Parts:
+    """Decode attention alone: whether it is right, then how it is launched best, in 100 s."""
+    tests = [*OPS, *["-k", DECODE_DRY]]
+    if not call.is_dry:
+        tests = [*OPS, *ON_GPU, *in_parallel(), "-k", DECODE_CHECKED]
+    tuned = [] if call.is_dry else ["--shapes", "28/4 x 64", "28/4 x 8"]
+    return {
+        "gate": Part(tests, 32, 8, is_gate=True),
+        "compile": Part(call.program("gpu_compile", "compile", "tuning"), 22, 10),
+        "tuning": Part(call.program("gpu_tuning", "tuning", *tuned), 42, 24, is_timing=True),
+    }
+
+
 def model(call: Call) -> Parts:
     """C: a decoder of a 7B model's shape, which checks itself first; decode, then prefill."""
     sizes = ["--prefill-tokens", "16384", "32768", "--repeats", "2"]
@@ -168,6 +186,7 @@ OCCASIONS = {
     "A": Occasion(240, first_look),
     "B": Occasion(240, tuning),
     "C": Occasion(200, model),
+    "decode": Occasion(100, decode),
     "checks": Occasion(570, checks),
     "tables": Occasion(570, tables),
     "engine": Occasion(570, engine),

@@ -9,6 +9,7 @@
 - B, 240 s: ways to launch the decode kernel, each checked before it is timed; an fp8 cache; prefill
   from 4K to 128K tokens.
 - C, 200 s: a decoder of a 7B model's shape, decode, then prefill of 16K and 32K tokens.
+- decode, 100 s: the gate of decode attention alone, then ways to launch it.
 - checks, tables, engine, 570 s each: all tests of the operations, and the sanitizer; one layer at
   all sizes and both models; the real engine's tests and serving figures.
 

@@ -1,15 +1,25 @@
-"""Ways to launch the decode kernel, each checked before it is timed; prints those that win.
+"""Ways to launch the decode kernel, each checked before it is timed.
 
-python scripts/bench/gpu_tuning.py --json OUT
-TRITON_INTERPRET=1 python scripts/bench/gpu_tuning.py --json OUT --dry-run
+    python scripts/bench/gpu_tuning.py --json OUT [--shapes "28/4 x 64" ...]
+    TRITON_INTERPRET=1 python scripts/bench/gpu_tuning.py --json OUT --dry-run
+
+Of each launch the best cut of contexts is printed, the fastest launch first, and of what serves the
+kernels apart.
 """
 
 import torch
-from gpu_cases import DECODE_TOKENS, DRY_TOKENS, DecodeCase, DecodeShape, layer_of
-from gpu_decode import free
+from gpu_cases import (
+    DECODE_TOKENS,
+    DRY_TOKENS,
+    DecodeCase,
+    DecodeShape,
+    decode_shapes,
+    layer_of,
+)
+from gpu_decode import free, parts_of
 from gpu_program import Report, begin, parser_of
-from gpu_timing import replayed_milliseconds
-from gpu_variants import Variant, applied, tuned_shapes, variants
+from gpu_timing import kernel_times, replayed_milliseconds
+from gpu_variants import Variant, applied, variants
 
 REPEAT = 60
 """Milliseconds of each figure."""
@@ -23,11 +33,10 @@ class Tuning:
         num_tokens = DRY_TOKENS if is_dry else DECODE_TOKENS
         self.case = DecodeCase(layer_of(shape.model, is_dry), shape.num_rows, num_tokens)
         self.expected = self.case.expected()
-        self.first: float | None = None
-        self.best: float | None = None
+        self.taken: dict[Variant, float] = {}
 
     def try_out(self, variant: Variant) -> None:
-        row = {"shape": str(self.shape), **variant._asdict()}
+        row = {"shape": str(self.shape), **variant.row}
         try:
             with applied(variant):
                 if reason := self.case.fault(self.expected):
@@ -38,23 +47,38 @@ class Tuning:
         except Exception as error:
             self.report.add(None, **row, absent=f"{type(error).__name__}: {error}")
             return
-        self.first = self.first or taken
-        wins = self.best is None or taken < self.best
-        if wins:
-            self.best = taken
-        line = f"{self.shape!s:<11} {taken:8.4f} ms {self.first / taken:5.2f}x {variant}"
-        self.report.add(line if wins else None, **row, ms=taken)
+        self.taken[variant] = taken
+        self.report.add(None, **row, ms=taken)
+
+    def conclude(self) -> None:
+        """Print the best cut of each launch, and where the time of what serves goes."""
+        if not self.taken:
+            print(f"{self.shape!s:<11} no variant gives what the reference does", flush=True)
+            return
+        best: dict[object, Variant] = {}
+        for variant in sorted(self.taken, key=lambda variant: self.taken[variant]):
+            best.setdefault(variant.launch, variant)
+        for variant in best.values():
+            print(f"{self.shape!s:<11} {self.taken[variant]:8.4f} ms {variant}", flush=True)
+        kernels = kernel_times(self.case.run, self.is_dry)
+        found = [kernel._asdict() for kernel in kernels]
+        self.report.add(
+            f"{self.shape!s:<11} {parts_of(kernels)}", shape=str(self.shape), kernels=found
+        )
 
 
 def main() -> None:
-    arguments = parser_of(__doc__).parse_args()
+    parser = parser_of(__doc__)
+    parser.add_argument("--shapes", nargs="+", help="heads and rows as printed; all by default")
+    arguments = parser.parse_args()
     report, is_dry = begin(arguments), arguments.dry_run
-    for shape in tuned_shapes(is_dry):
+    for shape in decode_shapes(is_dry):
+        if arguments.shapes and str(shape) not in arguments.shapes:
+            continue
         tuning = Tuning(report, shape, is_dry)
-        tried = variants(shape, is_dry)
-        for variant in tried:
+        for variant in variants(shape, is_dry):
             tuning.try_out(variant)
-        print(f"{shape!s:<11} {len(tried)} variants tried", flush=True)
+        tuning.conclude()
         free()
 
 

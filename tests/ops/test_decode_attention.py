@@ -28,6 +28,8 @@ BOTH = implementations("decode_attention")
 BLOCK_SIZE, NUM_LAYERS, LAYER = 16, 2, 1
 PAIRS = [(h, low) for h in (16, 8, 4) for low in (16, 8, 4, 2, 0) if low <= h]
 GROUPS = range(1, 9)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(3, 32), (20, 64), (12, 96), (7, 128), (5, 160), (5, 192), (4, 256)]
 if INTERPRETED:
     PAIRS, GROUPS = [(16, 16), (8, 0), (8, 4), (4, 2)], (1, 3, 8)
 
@@ -244,6 +246,16 @@ def test_shapes_and_dtypes(
 @pytest.mark.parametrize("group", GROUPS)
 def test_group_sizes(group: int) -> None:
     check(2 * group, PageGeometry(NUM_LAYERS, 2, 64, 4, BLOCK_SIZE, 8, 4), torch.float32, ROWS[1:4])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16] if INTERPRETED else DTYPES, ids=str
+)
+@pytest.mark.parametrize("bits", [(8, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize(("group", "head_size"), SIZES)
+def test_head_sizes(group: int, head_size: int, bits: tuple[int, int], dtype: torch.dtype) -> None:
+    geometry = PageGeometry(NUM_LAYERS, 1, head_size, dtype.itemsize, BLOCK_SIZE, *bits)
+    check(group, geometry, dtype, (Row(40, 70, 20, 16), Row(16, 29, 3)), normalised=True)
 
 
 @pytest.mark.parametrize("bits", [(4, 2), (16, 2), (8, 0)], ids=str)

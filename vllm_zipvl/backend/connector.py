@@ -91,8 +91,7 @@ class ZipVLConnector(KVConnectorBase_V1, SupportsHMA):
             tables = make_tables(self.worker.rules, self._vllm_config, device)
         self.worker.register(kv_caches, tables, impls[0].tail_probes, impls[0].scale)
         started = time.monotonic()
-        max_rows = self._vllm_config.scheduler_config.max_num_seqs
-        self.worker.warm_up(impls[0].num_heads, max_rows, impls[0].prefill_kernel)
+        self.worker.warm_up(impls[0].num_heads, impls[0].prefill_kernel)
         seconds = time.monotonic() - started
         if seconds > SLOW_WARM_UP:
             logger.info("zipvl: compiled its kernels in %.0f s; later starts reuse them", seconds)

@@ -111,33 +111,28 @@ class ZipVLWorker:
             (first.shape[0],), -1, dtype=torch.int32, device=first.device
         )
 
-    def warm_up(self, num_heads: int, max_rows: int, prefill_kernel: str) -> None:
+    def warm_up(self, num_heads: int, prefill_kernel: str) -> None:
         """Run the operations whose kernels compile on first use, on next to nothing.
 
         Args:
             num_heads: Of queries.
-            max_rows: Requests of a step at most.
             prefill_kernel: What computes prefill attention.
         """
         assert self.heap is not None
         kv_cache, geometry = self._kv_caches[0], self.geometry
-        zeros = torch.zeros(max_rows, dtype=torch.int32, device=kv_cache.device)
-        zero = zeros[:1]
-        query = kv_cache.new_zeros(max_rows, num_heads, geometry.head_size)
-        # On a GPU there is a kernel for every power of two of rows, elsewhere one.
-        counts = {min(2**i, max_rows) for i in range(max_rows.bit_length() + 1)}
-        for num_rows in counts if kv_cache.is_cuda else (1,):
-            rows = DecodeRows(*[zeros[:num_rows]] * len(DecodeRows._fields))
-            out = torch.empty_like(query[:num_rows])
-            decode_attention(query[:num_rows], self.context(0, zero[None]), rows, 1.0, out)
+        zero = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
+        query = kv_cache.new_zeros(1, num_heads, geometry.head_size)
+        rows = DecodeRows(*[zero] * len(DecodeRows._fields))
+        out = torch.empty_like(query)
+        decode_attention(query, self.context(0, zero[None]), rows, 1.0, out)
         one = Sequences([1], zero.device)
         key, value = gather_kv(kv_cache, zero[None], one).chunk(2, dim=-1)
         store_kv(key, value, kv_cache, zero[:0].long())
         probe = ProbePlaces(zero.long(), zero.bool(), one)
         near = self.config.window, self.config.sinks
-        probe_scores(query[:1], probe, key, one, 1.0, *near)
-        prefill_attention(query[:1], key, value, 1.0, prefill_kernel)
-        sparse_prefill_attention(query[:1], key, value, zero == 0, 1.0, *near, prefill_kernel)
+        probe_scores(query, probe, key, one, 1.0, *near)
+        prefill_attention(query, key, value, 1.0, prefill_kernel)
+        sparse_prefill_attention(query, key, value, zero == 0, 1.0, *near, prefill_kernel)
         if self._tail_probes is not None:
             queries, lse = self._tail_probes.queries[:, :1], self._tail_probes.lse[:, :1]
             tail_scores(queries, lse, self._kv_caches, zero[None], one, 1.0)
