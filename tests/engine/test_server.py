@@ -15,7 +15,7 @@ import openai
 import pytest
 from engines import draw_image, environment
 
-ZIPVL = '{"zipvl": {"ratio": 0.4, "min_tokens": 256}}'
+ZIPVL = '{"zipvl": {"ratio": 0.4, "low_bits": 2, "min_tokens": 256}}'
 START_SECONDS = 400
 
 
