@@ -19,8 +19,9 @@ def padded(size: int) -> int:
 
 def tile_side(head_size: int, itemsize: int) -> int:
     """Vectors of a tile: so many that registers and shared memory hold those of three operands."""
-    side = 64 if itemsize == 2 else 32
-    return side if head_size <= 128 else side // 2
+    if itemsize == 4:
+        return 32 if head_size <= 64 else 16
+    return 64 if head_size <= 128 else 32
 
 
 @triton.jit
