@@ -250,6 +250,37 @@ def _launch(dtype: torch.dtype, num_sums: int) -> Launch:
     return LAUNCH if num_sums <= MOST_SUMS else WIDE_LAUNCH
 
 
+def _rotated_together(head_size: int) -> int:
+    """Channels of a Hadamard matrix: the largest power of two in the head size."""
+    return head_size & -head_size
+
+
+def _folded(
+    query: torch.Tensor, context: "CachedContext", rows: "DecodeRows", scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `fold` makes of queries: operands of their shape, and sums [..., NUM_SUMS]."""
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads = context.geometry.num_kv_heads
+    operand = torch.float32 if query.dtype == torch.float32 else torch.float16
+    folded = torch.empty_like(query, dtype=operand)
+    sums = query.new_empty(num_queries, num_heads, NUM_SUMS.value, dtype=torch.float32)
+    fold[(num_queries * num_heads,)](
+        query,
+        context.key_norms,
+        rows.slots,
+        scale,
+        folded,
+        sums,
+        context.key_norms.stride(0),
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        block=_rotated_together(head_size),
+        head_size=head_size,
+        channels_padded=padded(head_size),
+    )
+    return folded, sums
+
+
 def decode_attention(
     query: torch.Tensor,
     context: "CachedContext",
@@ -273,33 +304,12 @@ def decode_attention(
     if num_queries == 0:
         return log_total
     query = query.contiguous()
-    operand = torch.float32 if query.dtype == torch.float32 else torch.float16
-    folded = torch.empty(query.shape, dtype=operand, device=device)
-    folded_sums = torch.empty(num_queries, num_heads, NUM_SUMS.value, **floats)
-    sizes = {
-        "head_size": head_size,
-        "channels_padded": padded(head_size),
-    }
-    block = head_size & -head_size
-    fold[(num_queries * num_heads,)](
-        query,
-        context.key_norms,
-        rows.slots,
-        scale,
-        folded,
-        folded_sums,
-        context.key_norms.stride(0),
-        num_kv_heads=num_kv_heads,
-        group=group,
-        block=block,
-        **sizes,
-    )
+    sizes = {"head_size": head_size, "channels_padded": padded(head_size)}
     kv_cache = context.kv_cache
     launch = _launch(query.dtype, num_sums)
     _attend[(num_kv_heads, num_shares, num_queries)](
         query,
-        folded,
-        folded_sums,
+        *_folded(query, context, rows, scale),
         scale,
         kv_cache,
         *(context.heap.view(dtype) for dtype in (torch.int32, torch.uint16, kv_cache.dtype)),
@@ -329,7 +339,7 @@ def decode_attention(
         out,
         log_total,
         num_shares,
-        block=block,
+        block=_rotated_together(head_size),
         num_parts=num_parts,
         max_pieces=triton.next_power_of_2(num_parts * MAX_SHARES),
         high_bits=geometry.high_bits,

@@ -229,6 +229,18 @@ def _attend_codes(
 
 
 @triton.jit
+def _begin_plain(query, heads, is_member, head_size: tl.constexpr, channels_padded: tl.constexpr):
+    """Queries [channels, heads], their mask and channels; maximum, total and sums before tokens."""
+    channels = tl.arange(0, channels_padded)
+    mask = (channels < head_size)[:, None] & is_member[None, :]
+    q = tl.load(query + heads[None, :] * head_size + channels[:, None], mask=mask, other=0)
+    top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([heads.shape[0]], tl.float32)
+    sums = tl.zeros([channels_padded, heads.shape[0]], tl.float32)
+    return q, mask, channels, top, total, sums
+
+
+@triton.jit
 def _attend_plain(
     q, scale, memory, keys, values, is_token, top, total, sums, head_size: tl.constexpr
 ):
@@ -251,12 +263,9 @@ def attend_dense(
     block_size: tl.constexpr, tile_tokens: tl.constexpr,
 ):  # fmt: skip
     """Attend over tiles [first, last) of dense head and tail; returns the maximum and the total."""
-    channels = tl.arange(0, channels_padded)
-    mask = (channels < head_size)[:, None] & is_member[None, :]
-    q = tl.load(query + heads[None, :] * head_size + channels[:, None], mask=mask, other=0)
-    top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([heads.shape[0]], tl.float32)
-    sums = tl.zeros([channels_padded, heads.shape[0]], tl.float32)
+    q, mask, channels, top, total, sums = _begin_plain(
+        query, heads, is_member, head_size, channels_padded
+    )
     for tile in tl.range(first, last, num_stages=1):
         # Of head and tail as if they were one.
         dense = tile * tile_tokens + tl.arange(0, tile_tokens)
@@ -294,12 +303,9 @@ def attend_pages(
     query, folded, folded_sums = queries
     heap, parameters, elements = pools
     if layout.bits == 16:
-        channels = tl.arange(0, channels_padded)
-        mask = (channels < head_size)[:, None] & is_member[None, :]
-        q = tl.load(query + heads[None, :] * head_size + channels[:, None], mask=mask, other=0)
-        top = tl.full([heads.shape[0]], float("-inf"), tl.float32)
-        total = tl.zeros([heads.shape[0]], tl.float32)
-        sums = tl.zeros([channels_padded, heads.shape[0]], tl.float32)
+        q, mask, channels, top, total, sums = _begin_plain(
+            query, heads, is_member, head_size, channels_padded
+        )
         itemsize: tl.constexpr = layout.code_bytes // head_size
         for tile in tl.range(first, last, num_stages=1):
             tokens = tile * tile_tokens + tl.arange(0, tile_tokens)
